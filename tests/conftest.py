@@ -1,0 +1,70 @@
+"Options and fixtures that all tests share."
+import atexit, os, shutil, socket, subprocess, sys, tempfile, time, urllib.request
+import pytest
+
+for key, value in dict(OMP_NUM_THREADS="2", MKL_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2",   # two cores are what the tests are written for
+                       TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE").items(): os.environ.setdefault(key, value)
+
+if "GP_SPECTRAL_CACHE" not in os.environ:   # factors of throw-away matrices do not belong into the user's cache
+    os.environ["GP_SPECTRAL_CACHE"] = tempfile.mkdtemp(prefix="gp_spectral_factors_")
+    atexit.register(shutil.rmtree, os.environ["GP_SPECTRAL_CACHE"], ignore_errors=True)
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the slow tests, and the notebooks' cells flagged slow or widget")
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"): return
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium driven by selenium; skips the test where there is none."
+    selenium = pytest.importorskip("selenium.webdriver")
+    chromium, driver = (next((p for p in map(shutil.which, names) if p), None)
+                        for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)))
+    if not (chromium and driver): pytest.skip("no chromium and chromedriver: apt-get install chromium chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1400,1200"): options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with selenium.Chrome(options=options, service=selenium.ChromeService(driver)) as chrome: yield chrome
+
+@pytest.fixture
+def lab(browser, tmp_path):
+    "`lab(notebook)` opens a copy of a notebook in JupyterLab, runs all its cells and gives the browser, its widgets ready to be used."
+    pytest.importorskip("jupyterlab")
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    with open(tmp_path / "lab.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.token=test", f"--ServerApp.port={port}",
+                                   f"--ServerApp.root_dir={tmp_path}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def opened(notebook, seconds=60):
+        shutil.copy(notebook, tmp_path)
+        end = time.monotonic() + seconds
+        while True:
+            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=test", timeout=5).close(); break
+            except OSError:
+                if time.monotonic() > end or server.poll() is not None: pytest.fail((tmp_path / "lab.log").read_text()[-3000:])
+                time.sleep(0.3)
+        browser.get(f"http://127.0.0.1:{port}/doc/tree/{os.path.basename(notebook)}?token=test")
+        wait = WebDriverWait(browser, seconds, ignored_exceptions=(Exception,))   # elements come and go while the page is built
+        kernel = lambda b: b.find_element(By.CSS_SELECTOR, ".jp-Notebook-ExecutionIndicator").get_attribute("data-status")
+        wait.until(lambda b: kernel(b) == "idle")
+        wait.until(lambda b: [c.click() or c for c in b.find_elements(By.CSS_SELECTOR, ".jp-CodeCell .cm-content") if c.is_displayed()])
+        cells = len(browser.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"))
+        for _ in range(cells): ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+        wait.until(lambda b: kernel(b) == "idle")
+        return browser
+
+    yield opened
+    browser.get("about:blank")
+    server.terminate()   # JupyterLab takes its time to stop its kernels
+    try: server.wait(20)
+    except subprocess.TimeoutExpired: server.kill(); server.wait()

@@ -1,0 +1,101 @@
+"Loading, saving and training: what goes wrong must say so."
+import json, math, shutil
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from gp_spectral.env import GeneralPoints
+from gp_spectral.ppo import PPOConfig, train_ppo, whiten
+from gp_spectral.sft import TINY, evaluate, load_model, pick, play, save_model, success_rate, train_sft
+
+ID, OOD = GeneralPoints("faces_as_ten"), GeneralPoints("faces_as_rank")
+
+@pytest.fixture
+def tiny(tmp_path): return Path(shutil.copytree(TINY, tmp_path / "tiny"))
+
+def test_truncated_weights(tiny):
+    file = tiny / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=str(tiny)): load_model(tiny)
+
+def test_nan_weights_are_named(tiny):
+    state = load_file(tiny / "model.safetensors"); name = "model.layers.1.mlp.up_proj.weight"
+    state[name][3, 5] = math.nan; save_file(state, tiny / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=name): load_model(tiny)
+
+def test_pickled_weights_are_refused(tiny):
+    (tiny / "model.safetensors").unlink(); (tiny / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pickled"): load_model(tiny)
+
+def test_code_in_a_checkpoint_is_not_run(tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    config |= {"model_type": "foreign", "architectures": ["Foreign"], "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Foreign"}}
+    (tiny / "config.json").write_text(json.dumps(config)); (tiny / "evil.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError): load_model(tiny)
+
+def test_no_chat_template(tiny):
+    (tiny / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="chat template"): load_model(tiny)
+
+def test_save_is_whole_or_not(tiny, tmp_path, monkeypatch):
+    model, tokenizer = load_model(tiny)
+    def fails(*a, **k): raise OSError("No space left on device")
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fails)
+    with pytest.raises(OSError): save_model(model, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+def test_the_base_model_plays_both_rules():
+    "The line of the model card, in small: far above nothing. 400 problems a rule; 30 % is what the package promises on more."
+    for task in (ID, OOD):
+        found = success_rate(evaluate("tiny", task, "test", 400, attempts=1))
+        assert found["high"] > 0.30 and found["rate"] > 0.25, found
+
+def test_evaluation_does_not_depend_on_batches():
+    model = load_model("tiny")
+    a, b = (evaluate(model, OOD, "validation", 60, attempts=2, batch_size=n) for n in (60, 7))
+    assert a.drop(columns="seed").equals(b.drop(columns="seed"))
+
+def test_generation_ignores_the_checkpoints_own_settings(tiny):
+    model, tokenizer = load_model(tiny)
+    problems = ID.problems("validation", 20)
+    plain = [e.ids for e in play(model, tokenizer, ID, problems)]
+    model.generation_config.repetition_penalty = 5.0; model.generation_config.max_new_tokens = 3
+    assert [e.ids for e in play(model, tokenizer, ID, problems)] == plain
+
+def test_an_answer_that_never_ends():
+    model, tokenizer = load_model("tiny")
+    episodes = play(model, tokenizer, ID, ID.problems("validation", 6), attempts=3, max_new_tokens=5)
+    for e in episodes:
+        assert len(e.turns) == 3 and not any(t.ended for t in e.turns)
+        between = e.ids[e.turns[0].end:e.turns[1].start]
+        assert between[0] == tokenizer.eos_token_id          # the cut-off turn is closed before the feedback
+
+def test_diverging_sft_stops(tmp_path):
+    with pytest.raises(FloatingPointError, match="learning rate"): train_sft("tiny", tmp_path / "sft", ID, steps=30, lr=1e30, points=1, n_eval=4, examples=64, progress=False)
+    assert (tmp_path / "sft" / "step-00000" / "model.safetensors").exists()
+
+def test_sft_is_reproducible(tmp_path):
+    for name in "ab": train_sft("tiny", tmp_path / name, ID, steps=4, points=1, n_eval=4, examples=64, seed=5, progress=False)
+    assert (tmp_path / "a/step-00004/model.safetensors").read_bytes() == (tmp_path / "b/step-00004/model.safetensors").read_bytes()
+
+def test_ppo_config_is_checked():
+    for wrong in (dict(level="word"), dict(lr=0), dict(temperature=0), dict(value_head="big"), dict(minibatch=0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))): PPOConfig(**wrong)
+
+def test_microbatches_change_nothing(tmp_path):
+    "One optimizer step over the whole round, in one piece and in pieces."
+    for name, micro in (("whole", 24), ("pieces", 7)):
+        train_ppo("tiny", tmp_path / name, ID, PPOConfig(iterations=1, samples=24, minibatch=24, microbatch=micro, epochs=1, entropy_coef=0.01, lr=1e-4), progress=False)
+    a, b = (load_file(tmp_path / n / "checkpoint/model.safetensors") for n in ("whole", "pieces"))
+    base = load_file(TINY / "model.safetensors")
+    for k in a: assert (a[k] - b[k]).norm() <= 2e-2 * (a[k] - base[k]).norm() + 1e-7, k
+
+def test_whitening():
+    x, mask = torch.tensor([[1., 2, 3, 99]]), torch.tensor([[True, True, True, False]])
+    w = whiten(x, mask)
+    assert abs(w[mask].mean()) < 1e-6 and abs(w[mask].std() - 1) < 1e-6 and w[0, 3] == 0
+    assert torch.equal(whiten(torch.ones(1, 4), mask), mask.float())
+
+def test_pick_takes_the_earliest_best_after_the_start():
+    import pandas as pd
+    rows = [dict(step=s, rule="OOD", set="validation", rate=r) for s, r in ((0, .9), (5, .4), (9, .5), (20, .5), (30, .1))]
+    assert pick(pd.DataFrame(rows)) == {"end": 30, "max_ood": 9}
