@@ -111,7 +111,9 @@ def solve(
     numbers,      # the numbers to combine, one to six integers
     target=24,    # the number to reach
 ) -> list:        # every solution as text, sorted; empty when there is none
-    "Every formula that reaches `target` using each of `numbers` once, up to the order of terms and factors."
+    "Every formula that reaches `target` using each of `numbers` once, up to the order of terms and factors; a `ValueError` for what is no integer."
+    odd = [n for n in numbers if n != int(n)]
+    if odd: raise ValueError(f"solve takes integers, got {odd[0]!r}")
     numbers = tuple(sorted(int(n) for n in numbers))
     if not 1 <= len(numbers) <= 6: raise ValueError(f"solve takes one to six numbers, got {len(numbers)}")
     return sorted(_write(f) for f in _formulas(numbers, Fraction(target)))
@@ -261,14 +263,13 @@ def paper_answer(problem, formula):
     return '{{\n  "cards": [{}],\n  "number": {},\n  "formula": "{}={}",\n}}'.format(cards, list(problem.numbers), formula.replace(" ", ""), problem.target)
 
 # %% ../nbs/00_env.ipynb #03758d1f
-_FORMULA = re.compile(r"""["']?formula["']?[ \t]{0,9}:[ \t]{0,9}["']?([^"'\n}]{0,400})""")
+_FORMULA = re.compile(r"""(["'])?formula(?(1)["'])\s{0,9}:\s{0,9}["']?([^"'\n}]{0,400})""")
 
 def read_paper(problem, text):
     "The formula in an answer of the paper's style, without what follows '='."
-    at = text.rfind("formula")
-    found = _FORMULA.search(text, max(0, at - 1)) if at >= 0 else None
-    if found is None: raise FormulaError('the answer has no "formula"')
-    formula, equals, stated = found.group(1).rstrip(" ,").partition("=")
+    found = {bool(m[1]): m[2] for m in _FORMULA.finditer(text)}         # the last of each kind: a quoted key, as asked for, or a bare one
+    if not found: raise FormulaError('the answer has no "formula"')
+    formula, equals, stated = found[max(found)].rstrip(" ,").partition("=")
     return formula.strip()
 
 # %% ../nbs/00_env.ipynb #1b4f794d

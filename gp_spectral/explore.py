@@ -8,15 +8,13 @@ Docs: https://gp-spectral.github.io/gp_spectral/explore.html.md"""
 __all__ = ['Run', 'pair_angles', 'draw', 'explore']
 
 # %% ../nbs/07_explore.ipynb #b778c74f
-import json
 from pathlib import Path
 
 import ipywidgets as widgets, matplotlib.pyplot as plt, pandas as pd
 from IPython.display import display
 
 from .angles import angle_profile, plot_map, plot_profile
-from .recovery import plot_recovery
-from .study import NAMES, checkpoints, Preset
+from .study import NAMES, checkpoints, plot_recovery_bars, read_preset
 from .svd import Checkpoint, describe, plot_spectrum
 
 # %% ../nbs/07_explore.ipynb #1bc3774c
@@ -29,16 +27,14 @@ class Run:
         self.folder, self.seed = Path(folder), seed
         if not (self.folder / "tables" / "claims.parquet").exists():
             raise ValueError(f"{folder} holds no finished study: run `gp-spectral study` first, or give the folder that has report.html in it")
-        self.tables = {p.stem: pd.read_parquet(p) for p in (self.folder / "tables").glob("*.parquet")}
+        self.preset = read_preset(folder)
+        self.tables = {p.stem: pd.read_parquet(p) for p in (self.folder / "tables").glob("*.parquet")} | dict(preset=vars(self.preset))
         self.seeds = sorted(self.tables["evaluations"].seed.unique().tolist())
         if seed not in self.seeds: raise ValueError(f"{folder} has seeds {self.seeds}, not {seed}")
 
     def paths(self):
         "{name: folder} of base, max_ood, end and rl."
-        record = json.loads((self.folder / str(self.seed) / "sft" / "record.json").read_text())["settings"]
-        ppo = sorted((self.folder / str(self.seed)).glob("ppo-?????"))
-        starts = tuple(int(p.name[4:]) / record["sft_steps"] for p in ppo)
-        found = checkpoints(Preset(model=record["model"], sft_steps=record["sft_steps"], ppo_starts=starts), self.folder / str(self.seed))
+        found = checkpoints(self.preset, self.folder / str(self.seed))
         return {k: found[k] for k in NAMES}
 
     def matrices(self): "Names of the matrices, in the order of the model."; return list(dict.fromkeys(self.tables["spectrum"].matrix))
@@ -56,13 +52,15 @@ def draw(run, base, other, kind, layer, band="head", k=0.2):
     name = next((m for m in run.matrices() if describe(m).kind == kind and describe(m).layer == layer), None)
     if name is None: raise ValueError(f"no matrix {kind} in layer {layer}")
     paths = run.paths()
-    figure, axes = plt.subplots(2, 2, figsize=(11.5, 7.4), layout="constrained")
-    sp = run.tables["spectrum"]
-    plot_spectrum(sp[(sp.seed == run.seed) & sp.checkpoint.isin(list(NAMES))], name, ax=axes[0, 0])
-    plot_profile(angle_profile(Checkpoint(paths[base], base), Checkpoint(paths[other], other), name, k), ax=axes[0, 1])
+    figure, axes = plt.subplots(2, 2, figsize=(12.5, 7.6), layout="constrained", width_ratios=(4, 5))
+    one, two, sp = Checkpoint(paths[base], NAMES[base]), Checkpoint(paths[other], NAMES[other]), run.tables["spectrum"]
+    sp = sp[(sp.seed == run.seed) & sp.checkpoint.isin(list(NAMES))]
+    plot_spectrum(sp.assign(checkpoint=sp.checkpoint.map(NAMES)), name, shape=one.find(name).shape, ax=axes[0, 0])
+    plot_profile(angle_profile(one, two, name, k), ax=axes[0, 1])
     plot_map(pair_angles(run, base, other), band, ax=axes[1, 0])
-    rec = run.tables["recovery"]
-    plot_recovery(rec[~rec.method.isin(["target", "donor"]) & (rec["tail"] == 0)], ax=axes[1, 1])
+    plot_recovery_bars(run.tables, ax=axes[1, 1])
+    axes[1, 1].tick_params(axis="x", labelsize=7.5)
+    axes[1, 1].set_title("what edits of SFT_End give back (all seeds)", fontsize=10)
     return figure
 
 # %% ../nbs/07_explore.ipynb #bf1f2049

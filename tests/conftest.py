@@ -37,15 +37,14 @@ def browser():
 def lab(browser, tmp_path):
     "`lab(notebook)` opens a copy of a notebook in JupyterLab, runs all its cells and gives the browser, its widgets ready to be used."
     pytest.importorskip("jupyterlab")
-    from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.token=test", f"--ServerApp.port={port}",
-                                   f"--ServerApp.root_dir={tmp_path}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                                   f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-    def opened(notebook, seconds=60):
+    def opened(notebook, seconds=180):      # a kernel that imports torch on two busy cores takes its time
         shutil.copy(notebook, tmp_path)
         end = time.monotonic() + seconds
         while True:
@@ -57,9 +56,8 @@ def lab(browser, tmp_path):
         wait = WebDriverWait(browser, seconds, ignored_exceptions=(Exception,))   # elements come and go while the page is built
         kernel = lambda b: b.find_element(By.CSS_SELECTOR, ".jp-Notebook-ExecutionIndicator").get_attribute("data-status")
         wait.until(lambda b: kernel(b) == "idle")
-        wait.until(lambda b: [c.click() or c for c in b.find_elements(By.CSS_SELECTOR, ".jp-CodeCell .cm-content") if c.is_displayed()])
-        cells = len(browser.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"))
-        for _ in range(cells): ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+        browser.set_script_timeout(seconds)
+        browser.execute_async_script("const done = arguments[0]; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => done(), done)")
         wait.until(lambda b: kernel(b) == "idle")
         return browser
 

@@ -92,3 +92,14 @@ def test_step_solutions_are_solutions():
     for i, p in enumerate(task.problems("train", 80)):
         if steps_to(tuple(sorted(p.numbers)), 24): assert task.verify(p, task.answer(p, i)).solved
         else: assert any("/" in s for s in solve(p.numbers))
+
+@pytest.mark.parametrize("after", ["", "\n}\nThis formula uses each card once.", "\n}\nThe formula: it uses each card once.", "\n} formula"])
+@pytest.mark.parametrize("key", ['"formula": ', '"formula" :\n    ', "'formula': ", "formula: "])
+def test_what_follows_an_answer_is_no_answer(key, after):
+    problem = Problem(("3", "3", "8", "8"))
+    expected = verify(problem, f'{{{key}"8/(3-8/3)=24"{after}', "paper").solved
+    assert expected or (key == "formula: " and "formula: it" in after)      # of two bare keys the last one counts
+
+def test_solve_takes_integers():
+    with pytest.raises(ValueError, match="2.7"): solve([2.7, 2, 2, 3])
+    assert solve([2.0, 3.0, 4.0]) == solve([2, 3, 4])

@@ -13,7 +13,7 @@ def test_slider_draws_a_new_picture(lab, tmp_path_factory):
                                   metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
     nbformat.write(nb, folder / "explorer.ipynb")
     page = lab(folder / "explorer.ipynb")
-    wait = WebDriverWait(page, 60, ignored_exceptions=(Exception,))
+    wait = WebDriverWait(page, 180, ignored_exceptions=(Exception,))
     picture = lambda: page.find_element(By.CSS_SELECTOR, ".jp-OutputArea img").get_attribute("src")
     first = wait.until(lambda b: picture())
     handle = page.find_element(By.CSS_SELECTOR, ".noUi-handle")

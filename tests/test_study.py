@@ -1,8 +1,9 @@
 "The study as a program: killed at any moment it goes on, and bad settings are refused before anything is written."
 import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pandas as pd, pytest
-from gp_spectral.study import main
+import numpy as np, pandas as pd, pytest
+from gp_spectral.explore import Run
+from gp_spectral.study import Preset, checkpoints, claims, load_preset, main, recovery_plan, edit_name
 
 LITTLE = dict(test_problems=24, retry_problems=8, curve_problems=16, sft_steps=6, sft_points=2, sft_examples=64, ppo_iterations=3, ppo_samples=24, ppo_minibatch=24, tops="0.2",
               recovery_problems=16, test_attempts=2)
@@ -30,19 +31,21 @@ def test_killed_it_goes_on(finished, tmp_path, kills):
         if process.poll() is not None: break
         process.send_signal(signal.SIGKILL); process.wait()
     complete(tmp_path)
-    for name in ("evaluations", "sigma", "angles", "recovery", "sft_curve", "ppo_curve"):
+    for name in ("evaluations", "losses", "sigma", "angles", "recovery", "recovery_answers", "sft_curve", "ppo_curve"):
         a, b = (pd.read_parquet(root / "tables" / f"{name}.parquet") for root in (finished, tmp_path / "tiny"))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert not list(tmp_path.rglob("*.part"))
 
 def test_report_opens_offline(finished):
     page = (finished / "report.html").read_text()
-    assert "src='http" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 6
+    assert "src='http" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8
 
 @pytest.mark.parametrize("arguments, message", [
     (["study", "--preset", "huge"], "unknown preset 'huge'"), (["study", "--set", "sft_stepz=3"], "unknown key 'sft_stepz'"),
     (["study", "--set", "sft_steps"], "KEY=VALUE"), (["study", "--set", "sft_lr=fast"], "sft_lr = 'fast'"), (["study", "--set", "model=nowhere"], "nowhere is not a folder"),
-    (["study", "--seeds", "0"], "at least 1"), (["evaluate", "nowhere"], "nowhere is not a folder"), (["angles", "nowhere"], "at least two"),
+    (["study", "--seeds", "0"], "at least 1"), (["study", "--set", "test_attempts=0"], "test_attempts = 0"), (["study", "--set", "ppo_lr=nan"], "ppo_lr = nan"),
+    (["study", "--set", "band=0.7"], "band = 0.7"), (["study", "--set", "ppo_starts=0.5"], "ppo_starts = (0.5,)"), (["study", "--set", "rl=dpo"], "rl = 'dpo'"),
+    (["study", "--set", "sft_at=1.5"], "sft_at = (1.5,)"), (["evaluate", "nowhere"], "nowhere is not a folder"), (["angles", "nowhere"], "at least two"),
     (["angles", "nowhere", "either"], "nowhere is not a folder"), (["spectrum", "nowhere"], "nowhere is not a folder"), (["sft", "nowhere", "out"], "nowhere is not a folder")])
 def test_bad_input_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -75,3 +78,77 @@ def test_each_stage_by_hand(tmp_path, capsys):
     assert (tmp_path / "s.png").stat().st_size > 5000 and len(pd.read_parquet(tmp_path / "e.parquet")) == 32
     assert main(["evaluate", str(fixed), *few]) == 0
     capsys.readouterr()
+
+# The claims on made-up numbers: what the verdicts say when the truth is known.
+def outcomes(seeds, hands, rate, rng):
+    "True or False for each seed and hand, at a rate that differs a little between seeds, and much between hands, which are the same for all."
+    hard = np.random.default_rng(hands).normal(size=(1, hands))
+    p = np.clip(rate + 0.01 * rng.normal(size=(seeds, 1)) + 0.2 * hard, 0, 1)
+    return (rng.random((seeds, hands)) < p).ravel()
+
+def made_up(rates, edits, seeds=6, hands=600, seed=0):
+    "Tables in which checkpoints and edits have the given OOD success; spectra and angles are those of a training that turns and of noise that does not."
+    rng, at = np.random.default_rng(seed), dict(seed=np.repeat(range(seeds), hands), problem=np.tile(range(hands), seeds), hand=[f"h{i}" for i in range(hands)] * seeds)
+    ev = pd.concat([pd.DataFrame(at | dict(checkpoint=c, rule=rule, allowed=1, solved_first=outcomes(seeds, hands, r, rng), error="")) for c, r in rates.items() for rule in ("ID", "OOD")])
+    rec = pd.concat([pd.DataFrame(at | dict(edit=e, rule="OOD", solved_first=outcomes(seeds, hands, r, rng))) for e, r in edits.items()])
+    curve = pd.DataFrame([dict(seed=s, step=t, rule=rule, set=kind, rate=r) for s in range(seeds)
+                          for rule, kind, rs in (("OOD", "validation", (.3, .5, .2)), ("ID", "validation", (.3, .2, .2)), ("ID", "seen", (.3, .6, .9))) for t, r in zip((0, 10, 20), rs)])
+    losses = pd.DataFrame([dict(seed=s, step=t, rule=r, loss=1 - t / 100) for s in range(seeds) for t in (0, 10, 20) for r in ("ID", "OOD")])
+    pairs = [("base", "end", 0.2, 0.004), ("end", "rl", 0.02, 0.001), ("end", "noise", 0.02, 0.02)]
+    sigma = pd.DataFrame([dict(seed=s, base=a, other=b, matrix=m, mean_abs_change=c * rng.uniform(.95, 1.05)) for s in range(seeds) for a, b, _, c in pairs for m in "uvwxyz"])
+    shape = {m: rng.uniform(0.3, 3) for m in "uvwxyz"}
+    angles = pd.DataFrame([dict(seed=s, base=a, other=b, matrix=m, side=side, band=band, random_mean=1.0,
+                                mean=t * (rng.uniform(.3, 3) if b == "noise" else shape[m] * rng.uniform(.97, 1.03)) * {"head": 1.5, "bulk": 1, "tail": 2}[band])
+                           for s in range(seeds) for a, b, t, _ in pairs for m in "uvwxyz" for side in "UV" for band in ("head", "bulk", "tail")])
+    return dict(evaluations=ev, recovery_answers=rec, sft_curve=curve, losses=losses, sigma=sigma, angles=angles, preset=dict(band=0.2), steps=dict(end=20, starts=[10, 20, 40]))
+
+PAPER = dict(base=.3, max_ood=.6, end=.2, rl=.55, sft_10=.5, rl_10=.3, sft_40=.1, rl_40=.05)
+EDITS = {edit_name(**e): .2 for e in recovery_plan(Preset())} | dict(target=.2, donor=.6) | {
+    "uv 20%": .55, "anchored 20%": .57, "interpolate_to_norm 20%": .4, "reset first 25%": .56, "reset last 25%": .2, "sigma_only 100%": .21}
+
+def verdicts(tables): return [(r.claim, r.text, r.verdict) for r in claims(tables).itertuples()]
+
+def test_claims_of_a_world_as_the_paper_says():
+    found = verdicts(made_up(PAPER, EDITS))
+    ours = ("held-out hands rises", "plain interpolation")       # made up to fall, and to give back half
+    for claim, text, verdict in found:
+        if "C7" == claim: continue
+        assert verdict == ("not reproduced" if any(part in text for part in ours) else "reproduced"), (claim, text, verdict)
+
+def test_claims_of_a_world_that_contradicts():
+    found = {t: v for _, t, v in verdicts(made_up(dict(base=.6, max_ood=.4, end=.4, rl=.3, sft_10=.4, rl_10=.6, sft_40=.3, rl_40=.6), EDITS | {"uv 20%": .1, "anchored 20%": .2, "sigma_only 100%": .58}))}
+    at = lambda part: next(v for t, v in found.items() if part in t)
+    assert at("rises first") == at("raises OOD success") == "not reproduced"
+    assert at("falls from its peak") == "undecided"
+    assert at("gives back most of the loss") == "undecided"        # there is no loss to give back
+    assert at("UV merge") == at("anchored merge, isospectral") == at("singular values alone") == "not reproduced"
+    assert at("too short (step 10) RL does not heal") == at("ends above RL from the too long") == "not reproduced"
+
+def test_a_seed_that_lost_nothing_is_not_left_out():
+    tables = made_up(PAPER, EDITS)
+    ev = tables["evaluations"]
+    ev.loc[(ev.seed == 0) & (ev.checkpoint == "max_ood"), "solved_first"] = ev.loc[(ev.seed == 0) & (ev.checkpoint == "end"), "solved_first"].to_numpy()
+    row = claims(tables).query("claim == 'C2' and unit == 'of the loss'").iloc[0]
+    assert row.seeds == 6 and np.isfinite(row.effect)
+
+def test_one_seed_decides_nothing():
+    assert {v for *_, v in verdicts(made_up(PAPER, EDITS, seeds=1))} == {"undecided"}
+
+def test_a_foreign_settings_file_is_in_nobodys_way(tmp_path, monkeypatch):
+    "Sections that are not used are not judged."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("[server]\nport = 3\n")
+    assert load_preset("tiny") == Preset()
+    with pytest.raises(ValueError, match="port"): load_preset("server")
+
+def test_the_explorer_finds_what_the_preset_says(finished, tmp_path):
+    "The base that was taught, RL by another name: read from the run's own record, not guessed."
+    shutil.copytree(finished / "tables", tmp_path / "tables")
+    shutil.copytree(finished / "0", tmp_path / "0")
+    import dataclasses, json
+    preset = dataclasses.replace(load_preset("tiny", {k: str(v) for k, v in LITTLE.items()}), rl="grpo")
+    (tmp_path / "preset.json").write_text(json.dumps(dataclasses.asdict(preset)))
+    assert Run(tmp_path).paths()["rl"] == tmp_path / "0" / "grpo-00006" / "checkpoint"
+    assert checkpoints(preset, tmp_path / "0")["sft_12"] == tmp_path / "0" / "sft" / "step-00012"
+    (tmp_path / "preset.json").unlink()
+    with pytest.raises(ValueError, match="holds no study"): Run(tmp_path)
