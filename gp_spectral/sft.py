@@ -94,9 +94,14 @@ def load_model(
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 # %% ../nbs/01_sft.ipynb #eb7c43e1
+def _on_cpu():
+    "Whether accelerate has to be told that there is no GPU; where DeepSpeed is asked for it finds that out by itself."
+    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true"
+
 def world():
     "accelerate's `PartialState`: which process this is, of how many; the only one, unless `accelerate launch` or `torchrun` started more."
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    backend = {} if torch.cuda.is_available() or _on_cpu() else dict(backend="gloo")
+    return PartialState(cpu=_on_cpu(), timeout=timedelta(days=7), **backend)
 
 def end_world():
     "The last thing that a program of several processes does: without it the interpreter's end may tear threads of the process group apart (SIGABRT)."
