@@ -32,18 +32,28 @@ if "sharded" in what:
     assert not whole(), f"gathered after generating: {whole()}"
     score(net, batch)
     assert not whole(), f"gathered after scoring: {whole()}"
+    import torch
+    config = PPOConfig(dtype="bfloat16")                        # of which FSDP2 takes no float32 value head into one group
+    net, tokenizer = _open("tiny", config, "cpu")
+    optimizer = _prepare(net, config, accelerator)[1]
+    logp, values, _ = net(batch.ids, batch.attention, 1.0, batch.mask)
+    (logp.sum() + values.sum()).backward(); optimizer.step()
+    assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16} and {p.dtype for p in net.value_head.parameters()} == {torch.float32}
+    assert all(p.abs().sum().full_tensor() > 0 for p in net.value_head.parameters())
 elif "sft" in what:
     sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
 else:
-    train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what)), {"OOD": OOD}, 1, 10, progress=False)
+    train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **eval(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
+sft.end_world()
 """
 
-def run(tmp_path, name, what, processes=1, fsdp=False, ok=True):
+def run(tmp_path, name, what, processes=1, fsdp=False, zero=0, **config):
     script, out = tmp_path / "run.py", tmp_path / name
     script.write_text(SCRIPT)
     start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_FSDP": "true"} if fsdp else {})
-    done = subprocess.run([sys.executable, *start, str(script), what, str(out)], capture_output=True, text=True, timeout=300, env=env)
+    if zero: env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, *start, str(script), what, str(out), str(config)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:4000]
     return out
 
@@ -68,6 +78,17 @@ def test_ppo_equals_one_process(tmp_path, alone, what, processes, fsdp):
     assert (a.grad_norm - b.grad_norm).abs().max() < 1e-6 * max(1, a.grad_norm.max())
     for name in ("policy_loss", "value_loss", "kl_ref", "entropy"): assert (a[name] - b[name]).abs().max() < 1e-4, name
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(many / "curve.parquet"))
+
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_deepspeed_equals_one_process(tmp_path, zero):
+    "Minibatches in pieces, clipped gradients, a rate that changes with each step: DeepSpeed steps inside `backward`, and does all that by itself."
+    pytest.importorskip("deepspeed")
+    same = dict(max_grad_norm=0.1, lr_end=0.0)
+    one, two = run(tmp_path, "one", "ppo", **same), run(tmp_path, "two", "ppo", 2, zero=zero, **same)
+    assert furthest(one / "checkpoint", two / "checkpoint") < 1e-6 < 1e-5 < furthest(one / "checkpoint", TINY)
+    a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(two / "log.parquet")
+    assert (a.grad_norm - b.grad_norm).abs().max() < 1e-5 * a.grad_norm.max() and (a.grad_norm > 0.1).all()      # the norm before clipping, which has something to do
+    for name in ("lr", "optimizer_steps", "reward", "length"): assert (a[name] == b[name]).all(), name
 
 def test_the_trap_of_fsdp2(tmp_path):
     "After a pass without gradients FSDP2 leaves the outermost weights gathered, a copy that an optimizer step does not reach; `inference` shards them again."

@@ -1,12 +1,13 @@
 "PPO by the book: each check of the notebook again, and a bug for each that it must catch."
 import copy, dataclasses, inspect, math, textwrap
+from unittest.mock import create_autospec
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gp_spectral import ppo, sft
 from gp_spectral.env import Feedback, GeneralPoints
-from gp_spectral.ppo import ActorCritic, PPOConfig, VLLMSampler, collate, compute_gae, ppo_loss, rollout, score, train_ppo, whiten
+from gp_spectral.ppo import ActorCritic, PPOConfig, VLLMSampler, collate, compute_gae, learning_rate, ppo_loss, rollout, score, train_ppo, whiten
 from gp_spectral.sft import Episode, Turn, load_model, play
 from made import Parity
 
@@ -43,16 +44,24 @@ def check_scorer_against_transformers(kind):
     "The same tokens scored alone and without padding, by a plain forward pass."
     model = small(kind)
     rows = [torch.arange(3, 3 + n).remainder(22).tolist() for n in (5, 12)]
-    logp, _ = score(ActorCritic(model), collate([Episode(None, r, [Turn(2, len(r), "", Feedback(0, "", False), False)]) for r in rows], 0), 0.7)
+    b = collate([Episode(None, r, [Turn(2, 4, "", Feedback(0, "", False), False), Turn(6, len(r), "", Feedback(0, "", False), False)][:1 + (len(r) > 6)]) for r in rows], 0)
+    net = ActorCritic(model); nn.init.normal_(net.value_head[0].weight)
+    logp, values = score(net, b, 0.7)
+    with torch.no_grad(): everywhere, _, entropies = net(b.ids, b.attention, 0.7)
     for i, r in enumerate(rows):
-        with torch.no_grad(): plain = (model(input_ids=torch.tensor([r])).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, torch.tensor(r)[1:, None]).squeeze(-1)
-        assert (logp[i, 1:len(r)] - plain).abs().max() < 1e-4
+        with torch.no_grad(): out = model(input_ids=torch.tensor([r]), output_hidden_states=True)
+        p = (out.logits[0, :-1] / 0.7).log_softmax(-1)
+        plain, entropy, value = p.gather(-1, torch.tensor(r)[1:, None]).squeeze(-1), -(p.exp() * p).sum(-1), out.hidden_states[-1][0, :-1] @ net.value_head[0].weight[0]
+        m = b.mask[i, 1:len(r)]
+        assert (logp[i, 1:len(r)] - plain)[m].abs().max() < 1e-4 and (values[i, 1:len(r)] - value)[m].abs().max() < 1e-4
+        assert (everywhere[i, 1:len(r)] - plain).abs().max() < 1e-4 and (entropies[i, 1:len(r)] - entropy).abs().max() < 1e-4
+    assert (logp[~b.mask] == 0).all() and (values[~b.mask] == 0).all()                  # nothing where nobody asked
 
 def check_padding(kind, **settings):
     "Neither loss nor gradient may feel what stands in the padding."
     config = PPOConfig(entropy_coef=0.01, value_clip=0.2, kl="loss", **settings)
     torch.manual_seed(3)
-    net = ActorCritic(small(kind)); nn.init.normal_(net.value_head.weight)
+    net = ActorCritic(small(kind)); nn.init.normal_(net.value_head[0].weight)
     two = [Episode(None, torch.randint(2, 20, (n,)).tolist(), [Turn(3, n // 2, "", Feedback(-1, "", False), True), Turn(n // 2 + 2, n, "", Feedback(5, "", True), True)]) for n in (12, 17)]
     b = collate(two, 0)
     old, values = score(net, b)
@@ -62,7 +71,7 @@ def check_padding(kind, **settings):
     for wide in (0, 9):
         pad = lambda x, v: nn.functional.pad(x, (0, wide), value=v)
         net.zero_grad()
-        logp, now, entropy = net(pad(b.ids, 13), pad(b.attention, 0))
+        logp, now, entropy = net(pad(b.ids, 13), pad(b.attention, 0), bonus=True)
         loss, _ = ppo.ppo_loss(logp, pad(old, 7), pad(advantages, 7), now, pad(returns, 7), pad(b.turns, -1), config, entropy, pad(old, 5), old_values=pad(values, 3))
         loss.backward()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
@@ -85,6 +94,46 @@ def check_whitening():
     w = ppo.whiten(x, mask)
     assert abs(w[mask].mean()) < 1e-6 and abs(w[mask].std() - 1) < 1e-6 and w[0, 3] == 0
 
+# one episode: a turn of two tokens, a token of feedback, a turn of one token; what the loss is given, and what every term of it must be, reckoned on paper
+TURNS = [-1, 0, 0, -1, 1]
+NOW, OLD, REF, ENTROPY = [9, -1.0, -2.0, 9, -0.5], [9, -1.2, -2.1, 9, -0.2], [9, -1.3, -1.6, 9, -0.9], [9, 0.7, 0.4, 9, 0.3]
+ADVANTAGES, VALUES, OLD_VALUES, RETURNS, WEIGHTS = [9, 1.0, -2.0, 9, 0.5], [9, 0.4, 0.1, 9, -0.3], [9, 0.1, 0.05, 9, 0.2], [9, 0.2, 1.0, 9, -0.1], [9, 0.5, 1.5, 9, 2.0]
+
+def loss_by_hand(level, clip, value_clip, value_coef, entropy_coef, kl_coef, cap, weighted):
+    acts = [([1], 1), ([2], 2), ([4], 4)] if level == "token" else [([1, 2], 1), ([4], 4)]             # tokens of an action, and where its advantage and value are
+    policy = value = 0.0
+    for tokens, t in acts:
+        ratio, a, w = math.exp(sum(NOW[i] - OLD[i] for i in tokens)), ADVANTAGES[t], math.prod(WEIGHTS[i] for i in tokens)
+        if level == "turn": w = min(w, cap)                                                            # a token's is cut when it is made
+        policy -= min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a) * (w if weighted else 1.0)
+        near = OLD_VALUES[t] + min(max(VALUES[t] - OLD_VALUES[t], -value_clip), value_clip)
+        value += 0.5 * max((VALUES[t] - RETURNS[t]) ** 2, (near - RETURNS[t]) ** 2)
+    entropy, kl = sum(ENTROPY[i] for i in (1, 2, 4)) / 3, sum(math.exp(REF[i] - NOW[i]) - 1 - (REF[i] - NOW[i]) for i in (1, 2, 4)) / 3
+    return (policy + value_coef * value) / len(acts) - entropy_coef * entropy + kl_coef * kl
+
+def check_loss_by_hand():
+    row = lambda x: torch.tensor([x], dtype=torch.float64)
+    for level in ("token", "turn"):
+        for weighted in (False, True):
+            config = PPOConfig(level=level, clip=0.25, value_clip=0.1, value_coef=0.3, entropy_coef=0.2, kl="loss", kl_coef=0.4, importance_cap=0.6)
+            advantages = [9, 1.0, 1.0, 9, 0.5] if level == "turn" else ADVANTAGES
+            loss, _ = ppo.ppo_loss(row(NOW), row(OLD), row(advantages), row(VALUES), row(RETURNS), torch.tensor([TURNS]), config, row(ENTROPY), row(REF), old_values=row(OLD_VALUES), weights=row(WEIGHTS) if weighted else None)
+            assert abs(loss.item() - loss_by_hand(level, 0.25, 0.1, 0.3, 0.2, 0.4, 0.6, weighted)) < 1e-9, (level, weighted)
+
+def check_reward_by_hand():
+    "A token that the policy likes better than the reference does costs; feedback costs nothing."
+    found = ppo.penalised(torch.tensor([[0.0, 0.0, 3.0, 0.0]]), torch.tensor([[-9.0, -1.0, -2.0, -9.0]]), torch.tensor([[-1.0, -3.0, -1.5, -1.0]]), torch.tensor([[False, True, True, False]]), 0.1)
+    np.testing.assert_allclose(found, [[0, -0.2, 3.05, 0]], atol=1e-6)
+
+def check_rates(tmp_path):
+    "The log has the rate of each round's last optimizer step: a cosine over all steps, whatever the rounds."
+    config = PPOConfig(iterations=3, samples=8, minibatch=4, epochs=2, lr=2e-4, lr_end=1e-4, kl="loss", kl_coef=0.1, target_kl=1e-9)
+    train_ppo("tiny", tmp_path, ID, config, progress=False)
+    log = pd.read_parquet(tmp_path / "log.parquet")
+    done = log.optimizer_steps.cumsum() - 1
+    np.testing.assert_allclose(log.lr, 1e-4 + 0.5e-4 * (1 + np.cos(np.pi * done / 12)), rtol=1e-9)
+    assert (log.optimizer_steps == 2).all()                                                    # of four: the first moves the policy, the second sees that it has moved
+
 def check_first_step(tmp_path):
     "Before the first update the policy is the one that played: ratio 1, KL 0, nothing clipped, whatever the temperature."
     train_ppo("tiny", tmp_path, ID, PPOConfig(iterations=1, samples=16, minibatch=16, microbatch=5, epochs=1, temperature=0.7, attempts=2), progress=False)
@@ -106,7 +155,7 @@ def check_it_learns(tmp_path):
 
 CHECKS = {"sampler": lambda t: check_sampler_against_scorer(), "scorer llama": lambda t: check_scorer_against_transformers("llama"), "scorer gpt2": lambda t: check_scorer_against_transformers("gpt2"),
           "padding": lambda t: check_padding("llama"), "padding gpt2": lambda t: check_padding("gpt2"), "padding turn": lambda t: check_padding("llama", level="turn"), "gae": lambda t: check_gae(),
-          "whitening": lambda t: check_whitening(), "first step": check_first_step, "pieces": check_pieces, "learns": check_it_learns}
+          "whitening": lambda t: check_whitening(), "loss": lambda t: check_loss_by_hand(), "reward": lambda t: check_reward_by_hand(), "rates": check_rates, "first step": check_first_step, "pieces": check_pieces, "learns": check_it_learns}
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_check(name, tmp_path): CHECKS[name](tmp_path)
@@ -124,21 +173,33 @@ def plant(monkeypatch, owner, name, old, new):
     monkeypatch.setattr(owner, name, made[name])
 
 BUGS = {
-    "log-probabilities of the token before": (ActorCritic, "forward", "logits.gather(-1, ids[:, 1:, None])", "logits.gather(-1, ids[:, :-1, None])", "sampler"),
+    "log-probabilities of the token before": (ActorCritic, "forward", "logits.gather(-1, ids[chosen][:, None])", "logits.gather(-1, ids[before][:, None])", "sampler"),
+    "values of the state after the token": (ActorCritic, "forward", "self.value_head(hidden[before])", "self.value_head(hidden[chosen])", "scorer llama"),
     "the scorer forgets the temperature": (ActorCritic, "forward", ".float() / temperature", ".float()", "sampler"),
     "the sampler forgets the temperature": (sft._Draw, "__call__", "(scores.float() / self.temperature)", "scores.float()", "sampler"),
     "the sampler leaves out the unlikely": (sft._Draw, "__call__", "scores.float()", "scores.float().where(scores >= scores.topk(5)[0][:, -1:], -torch.inf)", "sampler"),
     "positions off by one, which rotary models forgive": (ActorCritic, "forward", "attention.cumsum(-1) - 1", "attention.cumsum(-1)", "scorer gpt2"),
     "values of padding in the loss": (ppo, "ppo_loss", "torch.where(acts, error, 0.0).sum()", "error.sum()", "padding"),
     "surrogate of padding in the loss": (ppo, "ppo_loss", "torch.where(acts, surrogate, 0.0).sum()", "surrogate.sum()", "padding"),
-    "entropy of padding in the loss": (ppo, "ppo_loss", "(entropy * mask).sum() / tokens", "entropy.sum() / tokens", "padding"),
+    "entropy of padding in the loss": (ppo, "ppo_loss", "(entropy * mask).sum() / tokens", "entropy.sum() / tokens", "loss"),
     "a mean over all positions": (ppo, "ppo_loss", "n_actions or acts.sum()", "acts.numel()", "padding"),
     "feedback is discounted like an action": (ppo, "compute_gae", "torch.where(act, new, carry)", "torch.where(act, new, gamma * lam * carry)", "gae"),
     "a value after the end": (ppo, "compute_gae", "torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])", "torch.zeros_like(values[:, 0]), torch.ones_like(values[:, 0])", "gae"),
     "lambda forgotten": (ppo, "compute_gae", "gamma * lam * carry", "gamma * carry", "gae"),
     "whitened over padding": (ppo, "whiten", "x[mask if over is None else over]", "x.flatten()", "whitening"),
     "scored at another temperature": (ppo, "_score_together", "config.temperature", "1.0", "first step"),
-    "a mean of means over pieces": (ppo, "_update", "n, cut(old_values)", "None, cut(old_values)", "pieces"),
+    "a mean of means over pieces": (ppo, "_piece_loss", "e.ref_logp, n, e.values", "e.ref_logp, None, e.values", "pieces"),
+    "the KL in the reward has the wrong sign": (ppo, "penalised", "rewards - kl_coef", "rewards + kl_coef", "reward"),
+    "the KL of feedback in the reward": (ppo, "penalised", " * mask", "", "reward"),
+    "the KL in the loss has the wrong sign": (ppo, "ppo_loss", "loss + config.kl_coef", "loss - config.kl_coef", "loss"),
+    "the entropy has the wrong sign": (ppo, "ppo_loss", "loss - config.entropy_coef", "loss + config.entropy_coef", "loss"),
+    "the importance is left out": (ppo, "ppo_loss", "surrogate = surrogate * weights", "pass", "loss"),
+    "the value's clip takes the smaller error": (ppo, "ppo_loss", "torch.maximum(error", "torch.minimum(error", "loss"),
+    "the surrogate takes the larger term": (ppo, "ppo_loss", "torch.minimum(ratio", "torch.maximum(ratio", "loss"),
+    "a turn's ratio is a mean over its tokens": (ppo, "_turn_sum", "sums.gather(1, where) * (turns >= 0)", "sums.gather(1, where) * (turns >= 0) / (turns[..., None] == turns[:, None]).sum(-1)", "loss"),
+    "the learning rate stays where it is": (ppo, "_set_rates", 'group["lr"] = ', "pass #", "rates"),
+    "the learning rate goes by rounds": (ppo, "_update", "steps + len(norms)", "e.round", "rates"),
+    "no stop at the approximate KL": (ppo, "_update", "config.target_kl and", "False and", "rates"),
     "the wrong sign": (ppo, "ppo_loss", "-torch.where(acts, surrogate, 0.0)", "torch.where(acts, surrogate, 0.0)", "learns"),
 }
 
@@ -221,7 +282,59 @@ def test_options_run(options, tmp_path):
     if options.get("lora"):
         change = after["model.layers.0.mlp.up_proj.weight"] - before["model.layers.0.mlp.up_proj.weight"]
         assert 0 < torch.linalg.matrix_rank(change, rtol=1e-3) <= 2
-    if "kl" in options: assert abs(log.kl_ref[0]) < 1e-7 < log.kl_ref[1]
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_reference_is_the_policy_that_training_started_from(tmp_path, monkeypatch, lora):
+    "Its log-probabilities after an optimizer step, against those of the base, loaded once more; by then the policy's own are others."
+    seen, original = [], ppo._experience
+    def look(net, bare, *more): seen.append(original(net, bare, *more)); return seen[-1]
+    monkeypatch.setattr(ppo, "_experience", look)
+    train_ppo("tiny", tmp_path, ID, PPOConfig(iterations=2, samples=8, minibatch=8, epochs=1, lr=1e-2, kl="loss", lora=lora), progress=False)
+    base = ActorCritic(load_model("tiny", dtype="float32")[0])
+    for e in seen: torch.testing.assert_close(e.ref_logp, score(base, e.batch)[0], atol=1e-5, rtol=1e-5)
+    first, second = pd.read_parquet(tmp_path / "log.parquet").kl_ref
+    assert abs(first) < 1e-7 and second > 1000 * abs(first) and (seen[1].logp - seen[1].ref_logp)[seen[1].batch.mask].abs().max() > 1e-3
+
+@pytest.fixture
+def fresh_accelerator():
+    "accelerate keeps one precision for a process's whole life."
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(); yield; AcceleratorState._reset_state()
+
+def test_the_stated_precision_lets_weights_move(tmp_path, fresh_accelerator):
+    "At the published rate of 1e-6 most weights take part in float32, and next to none in bfloat16, whose spacing swallows such steps."
+    from gp_spectral.study import load_preset
+    preset, base = load_preset("authors"), load_model("tiny", dtype="float32")[0].state_dict()
+    moved = {}
+    for dtype in (preset.dtype, "bfloat16"):
+        config = PPOConfig(iterations=2, samples=16, minibatch=16, attempts=2, level="turn", lr=preset.ppo_lr, value_lr=preset.ppo_lr, dtype=dtype, precision="bf16")
+        train_ppo("tiny", tmp_path / dtype, ID, config, progress=False)
+        after = load_model(tmp_path / dtype / "checkpoint")[0].state_dict()
+        matrices = [k for k in base if base[k].dim() == 2 and "embed" not in k and "lm_head" not in k]
+        moved[dtype] = sum((after[k] != base[k].to(after[k].dtype)).sum().item() for k in matrices) / sum(base[k].numel() for k in matrices)
+    assert preset.dtype == "float32" and moved["float32"] > 0.5 > 0.05 > moved["bfloat16"], moved
+
+def test_half_precision_is_refused():
+    with pytest.raises(ValueError, match="PPOConfig.precision is 'fp16': expected one of auto, no, bf16"): PPOConfig(precision="fp16")
+
+@pytest.mark.parametrize("name, value", [("lr", math.nan), ("lr", math.inf), ("value_lr", -1e-3), ("value_lr", math.nan), ("temperature", math.nan), ("clip", 0.0), ("gamma", -0.1), ("lam", math.nan), ("kl_coef", -1.0), ("target_kl", math.nan), ("lr_end", math.nan),
+                                         ("entropy_coef", -0.1), ("value_clip", -1.0), ("samples", 8.5), ("iterations", True), ("max_new_tokens", -1), ("lora", -2), ("save_every", 0), ("importance_cap", 0.0), ("adam_eps", 0.0)], ids=str)
+def test_numbers_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"PPOConfig\.{name} is {value!r}: expected a "): PPOConfig(**{name: value})
+
+def test_checkpoints_at_chosen_rounds(tmp_path):
+    config = PPOConfig(iterations=4, samples=8, minibatch=8, epochs=1, save_every=3)
+    with pytest.raises(ValueError, match="train_ppo.keep holds 5: expected rounds from 1 to 4"): train_ppo("tiny", tmp_path / "x", ID, config, keep=(5,), progress=False)
+    assert not (tmp_path / "x").exists()
+    states, keep = [], ppo._keep
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ppo, "_keep", lambda *a: (states.append(a[-1]["round"]), keep(*a)))
+        train_ppo("tiny", tmp_path / "long", ID, config, keep=(2, 4), progress=False)
+    assert states == [3] and sorted(p.name for p in (tmp_path / "long").glob("round-*")) == ["round-00002", "round-00004"]
+    short, last = load_model(tmp_path / "long/round-00002")[0].state_dict(), (tmp_path / "long/checkpoint/model.safetensors").read_bytes()
+    assert (tmp_path / "long/round-00004/model.safetensors").read_bytes() == last
+    train_ppo("tiny", tmp_path / "short", ID, dataclasses.replace(config, iterations=2), progress=False)
+    assert all(torch.equal(v, short[k]) for k, v in load_model(tmp_path / "short/checkpoint")[0].state_dict().items())
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     for name in (False, True): train_ppo("tiny", tmp_path / str(name), ID, PPOConfig(iterations=1, samples=12, minibatch=12, epochs=1, lr=1e-4, gradient_checkpointing=name), progress=False)
@@ -243,24 +356,51 @@ def test_trackers(tmp_path):
     for f in files: e = EventAccumulator(str(f.parent)); e.Reload(); tags |= set(e.Tags()["scalars"])
     assert {"reward", "approx_kl", "clip_fraction", "entropy", "explained_variance", "length", "tokens_per_second", "lr", "ID/success"} <= tags
 
-class FakeVLLM:
-    "A server that samples with our own model, and tells log-probabilities that are off by `bias`."
-    def __init__(self, model, tokenizer, bias=0.0): self.model, self.tokenizer, self.bias, self.weights, self.calls = model, tokenizer, bias, {}, 0
-    def init_communicator(self, device): pass
-    def reset_prefix_cache(self): pass
-    def update_named_param(self, name, weight): self.weights[name] = weight.clone()
-    def generate(self, prompts, temperature, top_p, top_k, max_tokens, logprobs, generation_kwargs):
-        assert (top_p, top_k, logprobs) == (1.0, 0, 0)
-        self.model.load_state_dict(self.weights); self.calls += 1
-        found = sft.generate(self.model, self.tokenizer, prompts, max_tokens, temperature, [(generation_kwargs["seed"], i) for i in range(len(prompts))])
+def fake_server(model, tokenizer, bias=0.0):
+    "TRL's client, with its own signatures, and behind it a server that samples with our own model and tells log-probabilities that are off by `bias`."
+    from trl.generation.vllm_client import VLLMClient
+    client, weights, calls = create_autospec(VLLMClient, instance=True), {}, iter(range(1000))
+    client.update_named_param.side_effect = lambda name, tensor: weights.update({name: tensor.clone()})
+    def generate(prompts, features=None, n=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=16, logprobs=0, structured_outputs_regex=None, generation_kwargs=None):
+        assert (n, repetition_penalty, top_p, top_k, min_p, logprobs) == (1, 1.0, 1.0, 0, 0.0, 0) and set(generation_kwargs) == {"stop_token_ids"}    # no seed: it would be one for all
+        model.load_state_dict(weights); call = next(calls)
+        found = sft.generate(model, tokenizer, prompts, max_tokens, temperature, [(call, i) for i in range(len(prompts))])
         b = collate([Episode(None, p + ids, [Turn(len(p), len(p + ids), "", Feedback(0, "", False), True)]) for p, (ids, _) in zip(prompts, found)], 0)
-        logp = score(ActorCritic(self.model), b, temperature)[0] + self.bias
-        return dict(completion_ids=[ids for ids, _ in found], logprobs=[[[x] for x in row[m].tolist()] for row, m in zip(logp, b.mask)])
+        logp = score(ActorCritic(model), b, temperature)[0] + bias
+        return dict(prompt_ids=prompts, completion_ids=[ids for ids, _ in found], logprobs=[[[x] for x in row[m].tolist()] for row, m in zip(logp, b.mask)], logprob_token_ids=None)
+    client.generate.side_effect = generate
+    return client
 
 @pytest.mark.parametrize("bias, weight", [(0.0, 1.0), (-0.1, math.exp(0.1)), (-2.0, 2.0)])
 def test_tokens_of_another_engine_are_weighted(tmp_path, bias, weight):
-    server = FakeVLLM(*load_model("tiny", dtype="float32"), bias)
+    server = fake_server(*load_model("tiny", dtype="float32"), bias)
     train_ppo("tiny", tmp_path, ID, PPOConfig(iterations=2, samples=8, minibatch=8, epochs=1, lr=1e-4, temperature=0.8), progress=False, sampler=VLLMSampler(client=server))
     log = pd.read_parquet(tmp_path / "log.parquet")
     np.testing.assert_allclose(log.importance, weight, rtol=1e-3)                # cut at importance_cap, and the weights on the server are the policy's in both rounds
-    assert server.calls >= 2
+    assert server.generate.call_count >= 2 and server.reset_prefix_cache.call_count == 2
+
+def test_equal_prompts_get_different_answers_from_a_server():
+    model, tokenizer = load_model("tiny", dtype="float32")
+    sampler = VLLMSampler(client=fake_server(load_model("tiny", dtype="float32")[0], tokenizer))
+    sampler.sync(ActorCritic(model))
+    same = play(model, tokenizer, ID, ID.problems("train", 1) * 30, temperature=1.0, sampler=sampler)
+    assert len({tuple(e.ids) for e in same}) > 10
+
+def test_every_end_token_ends_an_answer_of_a_server():
+    model, tokenizer = load_model("tiny", dtype="float32")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    server = fake_server(model, tokenizer)
+    server.generate.side_effect = lambda **k: dict(completion_ids=[[5, 7], [5, tokenizer.eos_token_id], [5, 6], []], logprobs=[[[-1.0], [None]], [[-1.0], [-1.0]], [[-1.0], [-1.0]], []])
+    found = VLLMSampler(client=server)(model, tokenizer, [[5]] * 4, 2, 1.0, None)
+    assert [ended for _, ended, _ in found] == [True, True, False, False] and math.isnan(found[0][2][1])
+    assert server.generate.call_args.kwargs["generation_kwargs"] == {"stop_token_ids": sorted([7, tokenizer.eos_token_id])}
+
+def test_a_server_by_its_address(tmp_path, monkeypatch):
+    "PPOConfig.vllm is enough; a sampler that is given goes before it."
+    asked = []
+    def sampler(url): asked.append(url); return VLLMSampler(client=fake_server(*load_model("tiny", dtype="float32")))
+    monkeypatch.setattr(ppo, "VLLMSampler", sampler)
+    config = PPOConfig(iterations=1, samples=8, minibatch=8, epochs=1, vllm="http://gpu:8000")
+    train_ppo("tiny", tmp_path / "a", ID, config, progress=False)
+    train_ppo("tiny", tmp_path / "b", ID, config, progress=False, sampler=sft.generate)
+    assert asked == ["http://gpu:8000"] and "importance" in pd.read_parquet(tmp_path / "a/log.parquet") and "importance" not in pd.read_parquet(tmp_path / "b/log.parquet")
