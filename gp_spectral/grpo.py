@@ -20,7 +20,8 @@ from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from .sft import evaluate, load_model, lora_config, prompt_ids, save_model, success_rate, world, write_json, write_table
+from .sft import check_numbers, curve_row, evaluate, finished, load_model, lora_config, prompt_ids, save_model, success_rate, task_name, world
+from .sft import write_json, write_table
 
 # %% ../nbs/02b_grpo.ipynb #7ea01b5f
 def group_advantages(
@@ -215,7 +216,7 @@ def _training(network, tokenizer):
 # %% ../nbs/02b_grpo.ipynb #26469e06
 def train_grpo(
     model,            # checkpoint folder to start from, or 'tiny'
-    out,              # folder to write: checkpoint, log.parquet, curve.parquet (and, until the run is complete, resume.json and trainer)
+    out,              # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.json and trainer)
     task,             # the task to learn (ID)
     config=None,      # a `GRPOConfig`
     eval_tasks=None,  # {name: task}, measured on validation hands
@@ -229,26 +230,28 @@ def train_grpo(
     import trl
     config, out, state = config or GRPOConfig(), Path(out), world()
     if method not in ("grpo", "rloo"): raise ValueError(f"method is {method!r}: expected grpo or rloo")
-    if config.kl == {"grpo": "reward", "rloo": "loss"}[method]: raise ValueError(f"GRPOConfig.kl is {config.kl!r}: expected 'off' or {'loss' if method == 'grpo' else 'reward'!r} with method {method!r}")
-    settings = dataclasses.asdict(config) | dict(method=method, model=str(model), task=f"{type(task).__name__} {getattr(task, 'rule', '')}", processes=state.num_processes)
+    kl = "loss" if method == "grpo" else "reward"
+    if config.kl not in ("off", kl): raise ValueError(f"GRPOConfig.kl is {config.kl!r}: expected 'off' or {kl!r} with method {method!r}")
+    check_numbers("train_grpo", dict(eval_every=eval_every, n_eval=n_eval), counts=("eval_every", "n_eval"))
+    settings = dataclasses.asdict(config) | dict(method=method, model=str(model), task=task_name(task), processes=state.num_processes, eval_every=eval_every,
+                                                 n_eval=n_eval, eval_tasks={rule: task_name(t) for rule, t in (eval_tasks or {}).items()})
     known = json.loads((out / "resume.json").read_text()) if (out / "resume.json").exists() else {}
-    if known and known["settings"] != settings:
-        raise ValueError(f"{out} holds an unfinished run with other settings ({', '.join(k for k in settings if known['settings'].get(k) != settings[k])}): choose another folder, or delete it")
+    if finished(out, settings, known.get("settings")): return _complete(out, settings)
     limit = config.max_new_tokens or getattr(task, "max_new_tokens", 512)
     arguments = _arguments(config, method, out / "trainer", limit, state.num_processes, trackers)
     problems = training_problems(task, config)
-    if state.is_main_process: out.mkdir(parents=True, exist_ok=True); _only(out / "trainer", known.get("checkpoint"))
-    state.wait_for_everyone()
     set_seed(config.seed)
     network, tokenizer = load_model(model, dtype=config.dtype)
     check_padding(network, tokenizer, [prompt_ids(tokenizer, task, p) for p in problems[:1000]])
+    if state.is_main_process: out.mkdir(parents=True, exist_ok=True); _only(out / "trainer", known.get("checkpoint"))
+    state.wait_for_everyone()
     if "tensorboard" in trackers: os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
 
     def measure(net, step):
         rows = []
         for rule, t in (eval_tasks or {}).items():
             table = evaluate((net, tokenizer), t, problems=t.problems("validation", n_eval, 1), attempts=1, share=True)
-            rows.append(dict(step=step, rule=rule, set="validation", **success_rate(table), format_error=float((table.error == "format").mean()), wrong_rule=float((table.error == "wrong_rule").mean())))
+            rows.append(curve_row(table, step=step, rule=rule, set="validation"))
         return rows
     with _training(network, tokenizer) as ends, tqdm(initial=len(known.get("log", [])), total=config.iterations, desc=method.upper(), unit="round", leave=False, disable=not (progress and state.is_main_process)) as bar:
         verifier = Verifier(task, problems, tokenizer, ends, config.reward_scale)
@@ -262,8 +265,13 @@ def train_grpo(
             if "probability tensor" not in str(e): raise
             raise _diverged(f"the probabilities are no numbers in round {len(rounds.log) + 1}", out) from e
     save_model(trainer.model, tokenizer, out / "checkpoint")
-    if state.is_main_process:
-        write_table(rounds.curve, out / "curve.parquet")
+    if state.is_main_process: write_table(rounds.curve, out / "curve.parquet")
+    return _complete(out, settings)
+
+def _complete(out, settings):
+    "Marks a run as complete, removes what only an unfinished one needs, and gives the curve."
+    if world().is_main_process:
+        if not (out / "settings.json").exists(): write_json(settings, out / "settings.json")
         (out / "resume.json").unlink(missing_ok=True); shutil.rmtree(out / "trainer", ignore_errors=True)
-    state.wait_for_everyone()
-    return pd.DataFrame(rounds.curve)
+    world().wait_for_everyone()
+    return pd.read_parquet(out / "curve.parquet")

@@ -325,6 +325,7 @@ def _shard(net):
     fully_shard(net)
 
 def _accelerator(config, trackers=(), folder=None):
+    world()                                                       # comes first: it says how long processes wait for each other
     precision = ("bf16" if torch.cuda.is_available() else "no") if config.precision == "auto" else config.precision
     return Accelerator(cpu=_on_cpu(), mixed_precision=precision, log_with=list(trackers) or None, project_dir=folder and str(folder))
 
@@ -524,7 +525,7 @@ def _settings(config, model, task, eval_tasks, accelerator, **more):
 
 def _complete(out, settings):
     "Marks a run as complete, and removes what only an unfinished one needs."
-    write_json(settings, out / "settings.json")
+    if not (out / "settings.json").exists(): write_json(settings, out / "settings.json")
     (out / "resume.pt").unlink(missing_ok=True)
     for folder in out.glob("deepspeed-*"): shutil.rmtree(folder, ignore_errors=True)
 

@@ -22,6 +22,12 @@ def test_nan_weights_are_named(tiny):
     state[name][3, 5] = math.nan; save_file(state, tiny / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=name): load_model(tiny)
 
+def test_weights_of_another_shape_are_named(tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    wide, there = config["intermediate_size"] + 8, load_file(tiny / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].shape
+    (tiny / "config.json").write_text(json.dumps(config | dict(intermediate_size=wide)))
+    with pytest.raises(ValueError, match=rf"model.layers.0.mlp.down_proj.weight in .*tiny has the shape \({there[0]}, {there[1]}\), its config.json wants \({there[0]}, {wide}\)"): load_model(tiny)
+
 def test_pickled_weights_are_refused(tiny):
     (tiny / "model.safetensors").unlink(); (tiny / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="pickled"): load_model(tiny)
