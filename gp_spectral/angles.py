@@ -663,7 +663,7 @@ def run_compare(a) -> Comparison:
     rank, begun = int(os.environ.get("RANK", 0)), time.time()
     if rank == 0:
         for c in cs[1:]:
-            for note in preflight(cs[0], c): print(f"note: {note}")
+            for note in preflight(cs[0], c, a.kinds): print(f"note: {note}")
     pairs = [(i, j) for j in range(len(cs)) for i in range(j)] if a.all_pairs else None
     found = compare_all(cs, pairs, a.fraction, a.kinds, a.layers, True, a.heads, not a.no_details, a.cache, a.out, a.device, a.workers)
     if rank: return found

@@ -358,7 +358,7 @@ def sigma_change(
     cache=True,      # see `as_cache`
 ) -> pd.DataFrame:   # base, other, matrix, layer, kind, and the columns of `change_row`
     "How much singular values and weights changed from `base` to `other`, matrix by matrix."
-    base, other = as_checkpoint(base), as_checkpoint(other); preflight(base, other)
+    base, other = as_checkpoint(base), as_checkpoint(other); preflight(base, other, kinds)
     found = []
     for m in tqdm(base.matrices(kinds, layers), desc=f"σ of {base.label} and {other.label}", disable=not progress, leave=False):
         W, X = base.matrix(m), other.matrix(m)
