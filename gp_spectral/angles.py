@@ -644,7 +644,7 @@ def plot_map(
 def add_arguments(parser):
     "The arguments of `compare`, for `gp-spectral` and `python -m gp_spectral.angles`."
     a = parser.add_argument
-    a("checkpoints", nargs="+", help="the base, then what was made of it: folders or hub names (org/name), full models or LoRA adapters")
+    a("checkpoints", nargs="+", help="the base, then what was made of it: folders hub names (org/name) or 'tiny', full models or LoRA adapters")
     a("--out", default="comparison", help="folder for tables and pictures; finished matrices survive there when it is stopped")
     a("--fraction", type=float, default=0.2, help="size of head, bulk and tail, a share of the ranks")
     a("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
@@ -652,7 +652,8 @@ def add_arguments(parser):
     a("--heads", action="store_true", help="attention head by attention head")
     a("--all-pairs", action="store_true", help="compare each with each; else the first with each of the others")
     a("--no-details", action="store_true", help="angles only, without the energy of the change and intruder dimensions")
-    a("--cache", default=True, help="folder for factors; default: the user's cache"); a("--no-cache", dest="cache", action="store_false", help="keep no factors")
+    a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
+    a("--no-cache", dest="cache", action="store_const", const="none", help="the same as --cache none")
     a("--device", help="cpu or cuda; default: a GPU if there is one"); a("--workers", type=int, help="matrices at once; default: one per core, as memory allows")
     return parser
 
@@ -665,7 +666,8 @@ def run_compare(a) -> Comparison:
         for c in cs[1:]:
             for note in preflight(cs[0], c, a.kinds): print(f"note: {note}")
     pairs = [(i, j) for j in range(len(cs)) for i in range(j)] if a.all_pairs else None
-    found = compare_all(cs, pairs, a.fraction, a.kinds, a.layers, True, a.heads, not a.no_details, a.cache, a.out, a.device, a.workers)
+    cache = dict(auto=True, none=False).get(a.cache, a.cache)
+    found = compare_all(cs, pairs, a.fraction, a.kinds, a.layers, True, a.heads, not a.no_details, cache, a.out, a.device, a.workers)
     if rank: return found
     print_comparison(found)
     for (base, other), t in found.angles.groupby(["base", "other"], sort=False):
@@ -685,25 +687,31 @@ def print_comparison(found, most=5):
         rotated = t.verdict.isin(["rotated", "chance"])
         turned = t[rotated].matrix.nunique()
         print(f"\n{base} → {other}: {turned} of {t.matrix.nunique()} matrices turned beyond storage noise in some band; "
-              f"σ changed by {changes.mean_abs_change.median():.2%}, the weights by {changes.weight_change.median():.2%} (medians over matrices)")
+              f"σ changed by {changes.mean_abs_change.median():.2%}, the weights by {changes.weight_change.median():.2%}, "
+              f"{changes.unchanged.median():.1%} of the numbers are equal (medians over matrices)")
+        if changes.unchanged.median() > 0.5: print("  most stored numbers are equal: a small angle may be an update that storage has swallowed, and the floor is too high for it")
         if not turned: continue
         show(summary(t, by="kind").drop(columns=["base", "other"]))
         print("  angle, floor, random: mean principal angles in degrees; floor: what storage alone would cause; rotated: share of rows above it")
         top = t[rotated].assign(ratio=t["mean"] / t.random_mean).nlargest(most, "ratio")
         print("  furthest, relative to random subspaces:")
-        for x in top.itertuples(): print(f"    {x.matrix} {x.side} {x.band}: {np.degrees(x.mean):.2f}° of {np.degrees(x.random_mean):.0f}°, floor {np.degrees(x.floor):.2g}°" + (", the band's edge is degenerate" if x.degenerate else ""))
-        if "intruders_U" in changes and changes.intruders_U.sum() + changes.intruders_V.sum():
-            print(f"  intruder dimensions: {int(changes.intruders_U.sum())} in U, {int(changes.intruders_V.sum())} in V, in {int(((changes.intruders_U + changes.intruders_V) > 0).sum())} matrices")
+        for x in top.itertuples():
+            print(f"    {x.matrix} {x.side} {x.band}: {np.degrees(x.mean):.2f}° of {np.degrees(x.random_mean):.0f}°, floor {np.degrees(x.floor):.2g}°"
+                  + (", the band's edge is degenerate" if x.degenerate else ""))
+        if "intruders_U" not in changes: continue
+        found_in = changes[["intruders_U", "intruders_V"]]
+        if found_in.sum().sum():
+            print(f"  intruder dimensions: {found_in.intruders_U.sum()} in U, {found_in.intruders_V.sum()} in V, in {(found_in.sum(axis=1) > 0).sum()} matrices")
 
 def main(argv=None):
     "`gp-spectral compare`, and `python -m gp_spectral.angles`, alone or under `accelerate launch` or `torchrun`."
     argv = sys.argv[1:] if argv is None else argv
     named = argv[:1] in (["compare"], ["angles"])
-    parser = argparse.ArgumentParser(prog=f"gp-spectral {argv[0]}" if named else "python -m gp_spectral.angles",
-                                     description="Which matrices, layers and bands turned, and is it more than noise?")
+    name = f"gp-spectral {argv[0]}" if named else "python -m gp_spectral.angles"
+    parser = argparse.ArgumentParser(prog=name, description="Which matrices, layers and bands turned, and is it more than noise?")
     a = add_arguments(parser).parse_args(argv[named:])
     try: run_compare(a)
-    except (ValueError, FileNotFoundError) as e: print(f"compare: {e}", file=sys.stderr); return 2
+    except (ValueError, OSError) as e: print(f"gp-spectral compare: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\nstopped; the same command goes on from here", file=sys.stderr); return 130
     return 0
 

@@ -112,7 +112,7 @@ def _folder(path):
 class Checkpoint:
     "A Hugging Face checkpoint, read one tensor at a time; `CheckpointError` when it is not one."
     def __init__(self,
-        path,         # folder with config.json and safetensors, single or sharded; a LoRA adapter's folder; or a hub name, org/name[@revision]
+        path,         # folder with config.json and safetensors, single or sharded; a LoRA adapter's folder; a hub name, org/name[@revision]; or 'tiny'
         label=None,   # its name in tables and plots; default: the folder's name
         base=None,    # for an adapter: the `Checkpoint` or path it is laid over; default: the base that its config names
     ):
