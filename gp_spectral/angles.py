@@ -207,7 +207,9 @@ def band_angles(
 # %% ../nbs/04_angles.ipynb #9f08036d
 INTRUDERS = (10, 0.5)    # so many leading vectors are looked at; below this cosine to all old ones, a vector is an intruder
 
-def _norm(X): return float(torch.linalg.vector_norm(X, dtype=torch.float64))
+def _norm(X):
+    "Frobenius norm: rows (or columns, as they lie) in the precision of X, their sum in float64."
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=1 if X.stride(1) == 1 else 0), dtype=torch.float64))
 
 def _shares(core, total, fraction):
     "Shares of `total` in the blocks of `core`, the change in the base's singular vectors."

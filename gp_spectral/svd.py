@@ -205,7 +205,7 @@ def get(self:FactorCache, digest):
     "(V, s) of a content hash, or None; a damaged file counts as absent."
     path = self.path(digest)
     try:
-        with safe_open(path, "pt") as f: V, s = f.get_tensor("V").clone(), f.get_tensor("s").clone()   # to where torch puts its own: BLAS may look at addresses
+        with safe_open(path, "pt") as f: V, s = f.get_tensor("Vh").clone().T, f.get_tensor("s").clone()   # to where torch puts its own: BLAS may look at addresses
         os.utime(path)
         return (V, s) if V.ndim == 2 and len(s) == V.shape[1] else None
     except (OSError, SafetensorError): return None
@@ -221,7 +221,7 @@ def put(self:FactorCache, digest, V, s):
         if size > room: return
         if self.used + size > room: self._evict(room - size)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f: part = Path(f.name)
-        try: save_file(dict(V=V.contiguous(), s=s), part); os.replace(part, path)
+        try: save_file(dict(Vh=V.T.contiguous(), s=s), part); os.replace(part, path)
         finally: part.unlink(missing_ok=True)
         self.used += size
     except OSError as e: warnings.warn(f"factors are not kept in {self.folder}: {e}", stacklevel=2)
@@ -279,7 +279,7 @@ def short_factors(
     if found is None:
         W = checkpoint.matrix(m) if W is None else W
         with one_thread(): V, s = _short_side(_matrix(W, device=device), choose_driver(tuple(W.shape), device))
-        found = V.to("cpu", _vector_dtype(W.dtype)).contiguous(), s.cpu()
+        found = V.to("cpu", _vector_dtype(W.dtype)).T.contiguous().T, s.cpu()              # vector by vector, as LAPACK leaves them
         if cache: cache.put(digest, *found)
     return found
 

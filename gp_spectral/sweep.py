@@ -9,6 +9,7 @@ __all__ = ['SWEEP_BANDS', 'sweep_matrix', 'sweep', 'score_command', 'SearchResul
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .checkpoint import Checkpoint, CheckpointError
+from .angles import _norm
 from .svd import factorize, singular_values
 from .recovery import (METHODS, THIN, _TURN, _add, _bands, _bar, _check, _job, _new_folder, _root, _taken, _takes, _whole_way, _write_record, chosen_ranks,
                                   edit_factors, recover, recovery_record)
@@ -131,15 +132,19 @@ def _sweep_rows(job, m, ks, band):
     "Yields (k, what is to be stored, its row) for one matrix."
     before, donor = job.pair(m)
     factors, W = job.factors(m), job.target.as_stored(m, before)
-    old, way = W.double(), donor.double()
-    distance, energy, r = float((way - old).norm()), float(old.square().sum()), min(m.shape)
+    work = torch.float32 if W.dtype.itemsize <= 2 else torch.float64                       # products of 16-bit weights are exact to float32 anyway
+    old, r = W.to(work), min(m.shape)
+    distance, energy = _norm(donor.to(work) - old), _norm(old) ** 2
     for k, after in sweep_matrix(before, donor, ks, job.method, factors, band, job.options["sigma"]):
-        after = job.target.as_stored(m, after); new = after.double()
-        edit, asked = float((new - old).norm()), {name: k for name in SWEEP_BANDS[band]}
+        after = job.target.as_stored(m, after)
+        new, asked = after.to(work), {name: k for name in SWEEP_BANDS[band]}
+        moved = new - old
+        edit = _norm(moved)
         row = dict(k=k, matrix=m.name, layer=m.layer, kind=m.kind, restored=sum(chosen_ranks(r, **dict(top=0, tail=0, bulk=0) | asked)),
-                   edit_norm=edit / distance if distance else 0.0, edit=edit, distance=distance, changed=int((after != W).sum()), elements=W.numel(),
-                   energy_change=float(new.square().sum()) / energy - 1 if energy else 0.0)
-        if job.certify == "full": row["sigma_change_of_norm"] = float((singular_values(after) - factors[0].s).abs().max() / factors[0].s[0]) if energy else 0.0
+                   edit_norm=edit / distance if distance else 0.0, edit=edit, distance=distance, changed=int(torch.count_nonzero(moved)), elements=W.numel(),
+                   energy_change=_norm(new) ** 2 / energy - 1 if energy else 0.0)
+        if job.certify == "full":
+            row["sigma_change_of_norm"] = float((singular_values(after) - factors[0].s).abs().max() / factors[0].s[0]) if energy else 0.0
         yield k, after, row
 
 def _folder_size(c): return sum(f.stat().st_size for f in {e.file for e in c.entries.values()})
