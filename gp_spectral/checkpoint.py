@@ -13,6 +13,7 @@ import hashlib, json, math, os, re, shutil, struct, tempfile, warnings
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
+import gp_spectral
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -87,12 +88,14 @@ def _locate(path):
     raise CheckpointError(f"{path} has a config.json but no model.safetensors: is it a tokenizer or an interrupted save?")
 
 # %% ../nbs/02a_checkpoint.ipynb #d3c91d22
+_SHIPPED = Path(gp_spectral.__file__).parent / "models" / "tiny"   # the small model that comes with the package
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 
 def _folder(path):
     "The folder that a path or a hub name means."
     found = Path(path)
     if found.is_dir(): return found
+    if str(path) == "tiny": return _SHIPPED
     if not _HUB.fullmatch(str(path)):
         raise CheckpointError(f"{path} is not a folder: give the folder of a saved checkpoint, or a hub name such as org/name")
     from huggingface_hub import snapshot_download
@@ -109,7 +112,7 @@ def _folder(path):
 class Checkpoint:
     "A Hugging Face checkpoint, read one tensor at a time; `CheckpointError` when it is not one."
     def __init__(self,
-        path,         # folder with config.json and safetensors, single or sharded; a LoRA adapter's folder; or a hub name, org/name[@revision]
+        path,         # folder with config.json and safetensors, single or sharded; a LoRA adapter's folder; a hub name, org/name[@revision]; or 'tiny'
         label=None,   # its name in tables and plots; default: the folder's name
         base=None,    # for an adapter: the `Checkpoint` or path it is laid over; default: the base that its config names
     ):

@@ -11,7 +11,7 @@ __all__ = ['SPLIT', 'DRIVERS', 'CHECKPOINT_COLORS', 'CHECKPOINT_LINES', 'Factors
            'mp_distance', 'looks_untrained', 'checkpoint_style', 'plot_spectrum', 'plot_sigma_change']
 
 # %% ../nbs/03_svd.ipynb #e8783f19
-import os, re, shutil, tempfile, time, warnings
+import os, platform, re, shutil, tempfile, time, warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
@@ -30,16 +30,32 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from tqdm.auto import tqdm
 
+# %% ../nbs/03_svd.ipynb #0456fa8a
+def _vendor():
+    "Who made this processor, as far as it says."
+    cpuinfo = Path("/proc/cpuinfo")
+    return next((l for l in cpuinfo.read_text().splitlines() if l.startswith("vendor_id")), "") if cpuinfo.exists() else platform.processor()
+
+@lru_cache
+def _prefers_mkl(): return torch.backends.mkl.is_available() and "GenuineIntel" in _vendor()
+
+def _by_numpy(X): return X.device.type == "cpu" and not _prefers_mkl()
+
+def _mm(A, B):
+    "A @ B, on a CPU by the library that is the quicker one there."
+    return torch.from_numpy(A.numpy() @ B.numpy()) if _by_numpy(A) else A @ B
+
+def _gram(A):
+    "A.T @ A, on a CPU by NumPy, which makes one half of it and copies the other."
+    return torch.from_numpy((a := A.numpy()).T @ a) if A.device.type == "cpu" else A.T @ A
+
+
 # %% ../nbs/03_svd.ipynb #66bb1b93
 SPLIT = 1e-3   # below this share of the largest singular value, a Gram matrix is not trusted: its error is about float64's epsilon / SPLIT²
 
-def _mm(A, B):
-    "A @ B; on a CPU through NumPy, whose BLAS is the quicker one and obeys `threadpoolctl`."
-    return torch.from_numpy(A.numpy() @ B.numpy()) if A.device.type == "cpu" else A @ B
-
 def _eigh(G):
     "Eigenvalues and eigenvectors of a symmetric matrix, descending."
-    lam, V = map(torch.from_numpy, np.linalg.eigh(G.numpy())) if G.device.type == "cpu" else torch.linalg.eigh(G)
+    lam, V = map(torch.from_numpy, np.linalg.eigh(G.numpy())) if _by_numpy(G) else torch.linalg.eigh(G)
     return lam.flip(0), V.flip(1)
 
 def _gram_svd(
@@ -47,7 +63,7 @@ def _gram_svd(
     rounds=5,    # how often the tail may be looked at again: 5 reach 1e-15 of the largest singular value
 ):               # (V (n, n), s (n,))
     "Right singular vectors and singular values from the Gram matrix, the tail again by itself."
-    lam, V = _eigh(_mm(W.T, W))
+    lam, V = _eigh(_gram(W))
     s = lam.clamp(min=0).sqrt()
     t = int((s >= SPLIT * s[0]).sum())
     if 0 < t < len(s) and rounds > 1:
@@ -87,16 +103,16 @@ def _matrix(W, dtype=torch.float64, device="cpu"):
     W = torch.as_tensor(W)
     if W.ndim != 2 or 0 in W.shape: raise ValueError(f"a matrix has two dimensions, not shape {tuple(W.shape)}")
     if not W.is_floating_point(): W = W.double()
-    W = W.detach().to(device, dtype)
-    if not all(map(torch.isfinite, torch.aminmax(W))): raise ValueError("the matrix holds NaN or infinite values: it cannot be decomposed")
-    return W
+    return W.detach().to(device, dtype)
 
 def _signed(V): return V * torch.sign(V.gather(0, V.abs().argmax(0, keepdim=True)))
 
 def _short_side(W, driver="gram"):
     "(short side's vectors as columns (r, r), s (r,)) of a float64 matrix."
     if W.shape[0] < W.shape[1]: W = W.T
-    largest, scale = max(abs(float(x)) for x in torch.aminmax(W)), 1.0
+    ends, scale = [float(x) for x in torch.aminmax(W)], 1.0              # NaN comes through both
+    if not np.isfinite(ends).all(): raise ValueError("the matrix holds NaN or infinite values: it cannot be decomposed")
+    largest = max(map(abs, ends))
     if largest and not 1e-100 < largest < 1e100:                        # its square would overflow or vanish
         scale = 2.0 ** np.frexp(largest)[1]; W = W / scale              # a power of two: nothing is rounded
     V, s = DRIVERS[driver](W)
@@ -147,15 +163,18 @@ def time_drivers(
             found[name] = min(found.get(name, np.inf), time.perf_counter() - begun)
     return found
 
-@lru_cache(maxsize=None)
+_CHOSEN = {}   # "long × short" -> the driver for it on GPUs: measured here, or by the first of several processes
+
+def _sides(shape): return f"{max(shape)} × {min(shape)}"
+
 def choose_driver(
     shape,           # (m, n)
     device="cpu",    # 'cpu' or 'cuda'
 ) -> str:            # a name in `DRIVERS`
     "The driver for a shape: 'gram' on a CPU, on a GPU the quickest of `time_drivers`, measured once."
     if torch.device(device).type == "cpu": return "gram"
-    found = time_drivers(shape, device)
-    return min(found, key=found.get)
+    if _sides(shape) not in _CHOSEN: found = time_drivers(shape, device); _CHOSEN[_sides(shape)] = min(found, key=found.get)
+    return _CHOSEN[_sides(shape)]
 
 # %% ../nbs/03_svd.ipynb #66cca09e
 def cache_folder() -> Path:
@@ -186,7 +205,7 @@ def get(self:FactorCache, digest):
     "(V, s) of a content hash, or None; a damaged file counts as absent."
     path = self.path(digest)
     try:
-        with safe_open(path, "pt") as f: V, s = f.get_tensor("V"), f.get_tensor("s")
+        with safe_open(path, "pt") as f: V, s = f.get_tensor("Vh").clone().T, f.get_tensor("s").clone()   # to where torch puts its own: BLAS may look at addresses
         os.utime(path)
         return (V, s) if V.ndim == 2 and len(s) == V.shape[1] else None
     except (OSError, SafetensorError): return None
@@ -202,7 +221,7 @@ def put(self:FactorCache, digest, V, s):
         if size > room: return
         if self.used + size > room: self._evict(room - size)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f: part = Path(f.name)
-        try: save_file(dict(V=V.contiguous(), s=s), part); os.replace(part, path)
+        try: save_file(dict(Vh=V.T.contiguous(), s=s), part); os.replace(part, path)
         finally: part.unlink(missing_ok=True)
         self.used += size
     except OSError as e: warnings.warn(f"factors are not kept in {self.folder}: {e}", stacklevel=2)
@@ -223,12 +242,16 @@ def _pools():
 
 @contextmanager
 def one_thread():
-    "Inside, one thread does the arithmetic, so that sums are made in the same order everywhere."
-    before = torch.get_num_threads()
+    "Inside, one thread does the arithmetic, so that sums are made in the same order everywhere, and float32 means float32."
+    before, products = torch.get_num_threads(), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    allowed = [p.fp32_precision for p in products]
     torch.set_num_threads(1)
+    for p in products: p.fp32_precision = "ieee"
     try:
         with _pools().limit(limits=1, user_api="blas"): yield
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
+        for p, old in zip(products, allowed): p.fp32_precision = old
 
 # %% ../nbs/03_svd.ipynb #e3ad52e4
 _caches = {}
@@ -256,7 +279,7 @@ def short_factors(
     if found is None:
         W = checkpoint.matrix(m) if W is None else W
         with one_thread(): V, s = _short_side(_matrix(W, device=device), choose_driver(tuple(W.shape), device))
-        found = V.to("cpu", _vector_dtype(W.dtype)).contiguous(), s.cpu()
+        found = V.to("cpu", _vector_dtype(W.dtype)).T.contiguous().T, s.cpu()              # vector by vector, as LAPACK leaves them
         if cache: cache.put(digest, *found)
     return found
 
@@ -335,7 +358,7 @@ def sigma_change(
     cache=True,      # see `as_cache`
 ) -> pd.DataFrame:   # base, other, matrix, layer, kind, and the columns of `change_row`
     "How much singular values and weights changed from `base` to `other`, matrix by matrix."
-    base, other = as_checkpoint(base), as_checkpoint(other); preflight(base, other)
+    base, other = as_checkpoint(base), as_checkpoint(other); preflight(base, other, kinds)
     found = []
     for m in tqdm(base.matrices(kinds, layers), desc=f"σ of {base.label} and {other.label}", disable=not progress, leave=False):
         W, X = base.matrix(m), other.matrix(m)
@@ -345,18 +368,23 @@ def sigma_change(
     return pd.DataFrame(found)
 
 # %% ../nbs/03_svd.ipynb #af990fb0
-def mp_quantiles(
-    shape,         # (m, n)
-    std=1.0,       # standard deviation of the entries
-) -> np.ndarray:   # (min(m, n),) descending
-    "The singular values that a matrix of independent entries is expected to have (Marchenko and Pastur, 1967)."
-    m, n = max(shape), min(shape)
+@lru_cache(maxsize=256)
+def _mp_quantiles(m, n):
+    "The quantiles for unit variance and m >= n; read-only, remembered."
     c = n / m
     phi = np.linspace(0, np.pi, 20001)
     x = 1 + c - 2 * np.sqrt(c) * np.cos(phi)                      # from x₋ to x₊
     density = np.divide(2 * np.sin(phi) ** 2, np.pi * x, out=np.full_like(x, 2 / np.pi), where=x > 1e-12)
     cdf = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(phi))])
-    return std * np.sqrt(m * np.interp((np.arange(n, 0, -1) - 0.5) / n, cdf / cdf[-1], x))
+    found = np.sqrt(m * np.interp((np.arange(n, 0, -1) - 0.5) / n, cdf / cdf[-1], x)); found.setflags(write=False)
+    return found
+
+def mp_quantiles(
+    shape,         # (m, n)
+    std=1.0,       # standard deviation of the entries
+) -> np.ndarray:   # (min(m, n),) descending
+    "The singular values that a matrix of independent entries is expected to have (Marchenko and Pastur, 1967)."
+    return std * _mp_quantiles(max(shape), min(shape))
 
 # %% ../nbs/03_svd.ipynb #632f9cfd
 def mp_distance(

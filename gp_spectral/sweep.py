@@ -9,6 +9,7 @@ __all__ = ['SWEEP_BANDS', 'sweep_matrix', 'sweep', 'score_command', 'SearchResul
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .checkpoint import Checkpoint, CheckpointError
+from .angles import _norm
 from .svd import factorize, singular_values
 from .recovery import (METHODS, THIN, _TURN, _add, _bands, _bar, _check, _job, _new_folder, _root, _taken, _takes, _whole_way, _write_record, chosen_ranks,
                                   edit_factors, recover, recovery_record)
@@ -131,15 +132,19 @@ def _sweep_rows(job, m, ks, band):
     "Yields (k, what is to be stored, its row) for one matrix."
     before, donor = job.pair(m)
     factors, W = job.factors(m), job.target.as_stored(m, before)
-    old, way = W.double(), donor.double()
-    distance, energy, r = float((way - old).norm()), float(old.square().sum()), min(m.shape)
+    work = torch.float32 if W.dtype.itemsize <= 2 else torch.float64                       # products of 16-bit weights are exact to float32 anyway
+    old, r = W.to(work), min(m.shape)
+    distance, energy = _norm(donor.to(work) - old), _norm(old) ** 2
     for k, after in sweep_matrix(before, donor, ks, job.method, factors, band, job.options["sigma"]):
-        after = job.target.as_stored(m, after); new = after.double()
-        edit, asked = float((new - old).norm()), {name: k for name in SWEEP_BANDS[band]}
+        after = job.target.as_stored(m, after)
+        new, asked = after.to(work), {name: k for name in SWEEP_BANDS[band]}
+        moved = new - old
+        edit = _norm(moved)
         row = dict(k=k, matrix=m.name, layer=m.layer, kind=m.kind, restored=sum(chosen_ranks(r, **dict(top=0, tail=0, bulk=0) | asked)),
-                   edit_norm=edit / distance if distance else 0.0, edit=edit, distance=distance, changed=int((after != W).sum()), elements=W.numel(),
-                   energy_change=float(new.square().sum()) / energy - 1 if energy else 0.0)
-        if job.certify == "full": row["sigma_change_of_norm"] = float((singular_values(after) - factors[0].s).abs().max() / factors[0].s[0]) if energy else 0.0
+                   edit_norm=edit / distance if distance else 0.0, edit=edit, distance=distance, changed=int(torch.count_nonzero(moved)), elements=W.numel(),
+                   energy_change=_norm(new) ** 2 / energy - 1 if energy else 0.0)
+        if job.certify == "full":
+            row["sigma_change_of_norm"] = float((singular_values(after) - factors[0].s).abs().max() / factors[0].s[0]) if energy else 0.0
         yield k, after, row
 
 def _folder_size(c): return sum(f.stat().st_size for f in {e.file for e in c.entries.values()})
@@ -240,14 +245,22 @@ class SearchResult(NamedTuple):
 
 class _Spent(Exception): "The budget is used up."
 
+def _score_name(score): return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__qualname__)}"
+
+def _nameless(score):
+    "Whether two scores that differ may have the name of this one: lambdas, functions inside functions, objects."
+    return any(x in getattr(score, "__qualname__", "<locals>") for x in ("<lambda>", "<locals>"))
+
 class _Scores:
     "Scores candidates, each once, and remembers them on disk."
-    def __init__(self, job, score, goal, out, budget, progress):
+    def __init__(self, job, score, goal, out, budget, progress, name=None):
         self.job, self.score, self.goal, self.out, self.budget = job, score, goal, out, budget
         self.file, self.path, self.best = out / "search.jsonl", {}, None
         self.digests = [job.target.digest(), job.donor.digest()]
-        self.name = f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__qualname__)}"
-        self.known = self._read()
+        self.name, self.known = name or _score_name(score), self._read()
+        if not name and self.known and _nameless(score):
+            raise ValueError(f"{self.file} holds scores, and whether {self.name} gave them cannot be told: say what the score is called, name=, "
+                             "here and when the search is gone on with (or search into a new folder)")
         self.bar = tqdm(total=budget, desc="search", unit="score", disable=not progress, leave=False)
 
     def _read(self):
@@ -346,6 +359,7 @@ def search(
     sigma="target",       # whose singular values restored directions carry
     cache=None,           # where factors are kept; None: in `out`, until the search is through
     progress=True,        # a progress bar over scores
+    name=None,            # what the score is called on disk; default: module and name of the function, or the command
 ) -> SearchResult:
     "The smallest restoration that reaches a goal, by bisection; resumable."
     out, bands = Path(out), (bands,) if isinstance(bands, str) else tuple(bands)
@@ -368,7 +382,7 @@ def search(
     out.mkdir(parents=True, exist_ok=True)
     (out / "search.jsonl").touch()
     for old in (*out.glob(".candidate.*"), *out.glob("..candidate.*"), *out.glob(".best.*"), *out.glob("..best.*")): shutil.rmtree(old)   # of a run that was killed
-    scores, spent = _Scores(job, score, goal, out, budget, progress), False
+    scores, spent = _Scores(job, score, goal, out, budget, progress, name), False
     try: _walk(scores, steps, bands, sorted({m.layer for m in job.matrices}), list(dict.fromkeys(m.kind for m in job.matrices)), slack)
     except _Spent: spent = True
     finally: scores.bar.close()
@@ -400,58 +414,89 @@ def _number(text):
 
 def _kept(x): return None if x == "none" else True if x == "auto" else x
 
-def _parser(command):
-    p = argparse.ArgumentParser(prog=f"gp-spectral {command}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=dict(
-        recover="Writes a repaired copy of a checkpoint, with the singular directions of an earlier one at the chosen ranks.",
-        sweep="What restoring more and more directions does, for little more than the price of one.",
-        search="The smallest restoration (directions, layers, kinds of matrix, ends of the spectrum) that reaches a score.")[command])
+_TEXTS = dict(recover=("Writes a repaired copy of a checkpoint, with the singular directions of an earlier one at the chosen ranks.",
+                       "folder to write; must not exist"),
+              sweep=("What restoring more and more directions does, for little more than the price of one.",
+                     "keep the repaired checkpoints in this folder; not kept when not given"),
+              search=("The smallest restoration (directions, layers, kinds of matrix, ends of the spectrum) that reaches a score.",
+                      "folder for the result and the record; a search that was stopped goes on there"))
+
+def _common(p, command):
+    "The arguments that all three commands have."
     a = p.add_argument
-    a("target", help="the checkpoint to repair, a folder or hub name; it is only read"); a("--donor", required=True, help="the checkpoint that directions come from")
-    a("--out", required=command != "sweep", help=dict(recover="folder to write; must not exist", sweep="keep the repaired checkpoints in this folder; not kept when not given",
-                                                      search="folder for the result and the record; a search that was stopped goes on there")[command])
-    a("--method", default="anchored", choices=list(THIN) if command == "sweep" else [*METHODS, "reset"][:None if command == "recover" else -1], help="uv is the paper's; anchored, symmetric and direct keep the singular values")
+    a("target", help="the checkpoint to repair, a folder, a hub name or 'tiny'; it is only read")
+    a("--donor", required=True, help="the checkpoint that directions come from"); a("--out", required=command != "sweep", help=_TEXTS[command][1])
+    a("--method", default="anchored", help="uv is the paper's; anchored, symmetric and direct keep the singular values",
+      choices=list(THIN) if command == "sweep" else [*METHODS, "reset"][:None if command == "recover" else -1])
     a("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given"); a("--kinds", nargs="+", help="kinds of matrix; all when not given")
     a("--sigma", default="target", choices=["target", "donor"], help="whose singular values the restored directions carry")
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
-    if command == "recover":
-        a("--top", type=_number, default=0.2, help="leading ranks: a share (0.2) or a number (20)"); a("--tail", type=_number, default=0.0, help="trailing ranks"); a("--bulk", type=_number, default=0.0, help="ranks in the middle")
-        a("--alpha", type=float, help="for interpolate: 0 keeps the target, 1 gives the donor"); a("--like", default="anchored", help="for random and interpolate_to_norm: the method, or 'donor', whose edit size they take")
-        a("--seed", type=int, default=0, help="for random"); a("--certify", default="full", choices=["full", "quick"], help="quick does not decompose every result again")
-        a("--as-lora", nargs="?", const="float32", choices=["float32", "bfloat16", "float16"], help="write the edit as a LoRA adapter for the target, in this dtype"); a("--rank", type=int, help="largest rank of the adapter; default: the edit's own")
-    else:
-        a("--score", required=command == "search", help="a command with {folder} in it; the last number that it prints is the score")
-    if command == "sweep":
-        a("--ks", type=_number, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5], help="shares or numbers of ranks")
-        a("--band", default="head", choices=list(SWEEP_BANDS), help="where in the spectrum"); a("--certify", default="quick", choices=["full", "quick"], help="full measures the singular values of every result")
-        a("--table", help="also write the table to this .csv or .parquet file")
-    if command == "search":
-        a("--goal", type=float, required=True, help="the score to reach"); a("--budget", type=int, default=40, help="largest number of scores"); a("--bands", nargs="+", default=["head", "tail"], choices=["head", "tail", "bulk"])
-        a("--slack", type=float, nargs="+", default=[1, 2], help="multiples of the smallest k at which layers and kinds are reduced"); a("--steps", type=int, default=64, help="k is a multiple of 1/steps of the ranks"); a("--seed", type=int, default=0)
+
+# %% ../nbs/05a_sweep.ipynb #33ee7f3c
+def _for_recover(a):
+    a("--top", type=_number, help="leading ranks: a share (0.2) or a number (20); default: 0.2, for sigma_only 1.0")
+    a("--tail", type=_number, default=0.0, help="trailing ranks"); a("--bulk", type=_number, default=0.0, help="ranks in the middle")
+    a("--alpha", type=float, help="for interpolate: 0 keeps the target, 1 gives the donor"); a("--seed", type=int, default=0, help="for random")
+    a("--like", default="anchored", help="for random and interpolate_to_norm: the method, or 'donor', whose edit size they take")
+    a("--certify", default="full", choices=["full", "quick"], help="quick does not decompose every result again")
+    a("--as-lora", nargs="?", const="float32", choices=["float32", "bfloat16", "float16"],
+      help="write the edit as a LoRA adapter for the target, in this dtype")
+    a("--rank", type=int, help="largest rank of the adapter; default: the edit's own")
+
+def _for_sweep(a):
+    a("--score", help="a command with {folder} in it; the last number that it prints is the score")
+    a("--ks", type=_number, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5], help="shares or numbers of ranks")
+    a("--band", default="head", choices=list(SWEEP_BANDS), help="where in the spectrum")
+    a("--certify", default="quick", choices=["full", "quick"], help="full measures the singular values of every result")
+    a("--table", help="also write the table to this .csv or .parquet file")
+
+def _for_search(a):
+    a("--score", required=True, help="a command with {folder} in it; the last number that it prints is the score")
+    a("--goal", type=float, required=True, help="the score to reach"); a("--budget", type=int, default=40, help="largest number of scores")
+    a("--bands", nargs="+", default=["head", "tail"], choices=["head", "tail", "bulk"])
+    a("--slack", type=float, nargs="+", default=[1, 2], help="multiples of the smallest k at which layers and kinds are reduced")
+    a("--steps", type=int, default=64, help="k is a multiple of 1/steps of the ranks"); a("--seed", type=int, default=0)
+
+def _parser(command):
+    p = argparse.ArgumentParser(prog=f"gp-spectral {command}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=_TEXTS[command][0])
+    _common(p, command); dict(recover=_for_recover, sweep=_for_sweep, search=_for_search)[command](p.add_argument)
     return p
 
-def _command(command, a):
-    if command == "recover":
-        a.top = 1.0 if a.method == "sigma_only" and a.top == 0.2 else a.top
-        folder = recover(a.target, a.donor, a.out, a.method, a.top, a.tail, a.layers, a.kinds, a.alpha, a.like, a.seed, bulk=a.bulk, sigma=a.sigma, cache=_kept(a.cache), certify=a.certify,
-                         as_lora=a.as_lora or False, rank=a.rank)
-        record = recovery_record(folder)[0]
-        print(f"{folder}: {record['changed']:,} numbers changed, edit norm {record['edit_norm_all']:.3f} of the way's length"
-              + (f", σ changed by at most {record['sigma_change_of_norm']:.1e} of the largest" if record.get("sigma_change_of_norm") is not None else "")
-              + (f", stored with a relative error of {record['lora']['error']:.1e}" if isinstance(record.get("lora"), dict) and "error" in record["lora"] else ""))
-    if command == "sweep":
-        table = sweep(a.target, a.donor, a.ks, a.method, a.score, a.out, a.band, a.layers, a.kinds, a.sigma, _kept(a.cache), a.certify)
-        print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-        if a.table: table.to_parquet(a.table) if a.table.endswith(".parquet") else table.to_csv(a.table, index=False); print(f"written to {a.table}")
-        if a.out: print(f"checkpoints: {a.out}")
-    if command == "search":
-        found = search(a.target, a.donor, a.score, a.goal, a.out, a.budget, a.method, a.bands, a.layers, a.kinds, tuple(a.slack), a.steps, a.seed, a.sigma, _kept(a.cache))
-        print(f"{found.message}\n{found.folder}: score {found.score:.6g}, edit norm {found.edit_norm:.3f}, {json.dumps(found.settings)}")
-        return 0 if found.reached else 1
+# %% ../nbs/05a_sweep.ipynb #7387ce1e
+def _top(a): return a.top if a.top is not None else 1.0 if a.method == "sigma_only" else 0.2
+
+def _told(folder):
+    "What `recover` wrote, in words."
+    record, rows = recovery_record(folder)
+    text = f"{folder}: {record['changed']:,} numbers changed, edit norm {record['edit_norm_all']:.3f} of the way's length"
+    if record.get("sigma_change_of_norm") is not None: text += f", σ changed by at most {record['sigma_change_of_norm']:.1e} of the largest"
+    if "norm_ratio" in record: text += f", {record['norm_ratio']:.4f} of the size that was asked for"
+    if "lora_error" in record:
+        text += (f", as a LoRA adapter of rank {rows.lora_rank.min()} to {rows.lora_rank.max()} with a relative error of {record['lora_error']:.1e}"
+                 f" (worst matrix {record['lora_error_max']:.1e})")
+    return text
+
+def _run_recover(a):
+    print(_told(recover(a.target, a.donor, a.out, a.method, _top(a), a.tail, a.layers, a.kinds, a.alpha, a.like, a.seed, bulk=a.bulk, sigma=a.sigma,
+                        cache=_kept(a.cache), certify=a.certify, as_lora=a.as_lora or False, rank=a.rank)))
+
+def _run_sweep(a):
+    table = sweep(a.target, a.donor, a.ks, a.method, a.score, a.out, a.band, a.layers, a.kinds, a.sigma, _kept(a.cache), a.certify)
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    if a.table: table.to_parquet(a.table) if a.table.endswith(".parquet") else table.to_csv(a.table, index=False); print(f"written to {a.table}")
+    if a.out: print(f"checkpoints: {a.out}")
+
+def _run_search(a):
+    found = search(a.target, a.donor, a.score, a.goal, a.out, a.budget, a.method, a.bands, a.layers, a.kinds, tuple(a.slack), a.steps, a.seed, a.sigma,
+                   _kept(a.cache))
+    print(f"{found.message}\n{found.folder}: score {found.score:.6g}, edit norm {found.edit_norm:.3f}, {json.dumps(found.settings)}")
+    return 0 if found.reached else 1
 
 def main(argv):
     "`gp-spectral recover`, `sweep` and `search`. The exit code of `search` is 1 when the goal was not reached."
     command = argv[0]
     a = _parser(command).parse_args(argv[1:])
-    try: return _command(command, a) or 0
+    try: return dict(recover=_run_recover, sweep=_run_sweep, search=_run_search)[command](a) or 0
     except (ValueError, FileNotFoundError, OSError) as e: print(f"gp-spectral {command}: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nstopped" + ("; the same command goes on from here" if command == "search" else ""), file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print("\nstopped" + ("; the same command goes on from here" if command == "search" else ""), file=sys.stderr); return 130

@@ -921,3 +921,11 @@ def test_packed_integers_are_named(tmp_path):
     with pytest.warns(UserWarning, match="quant_method 'gptq'"): assert len(Checkpoint(tmp_path).matrices()) == 1
     save_file({k: v for k, v in w.items() if "q_proj" in k}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="quant_method 'gptq'"): Checkpoint(tmp_path).matrices()
+
+
+def test_the_shipped_model_by_its_name(tmp_path, monkeypatch):
+    "`tiny`, wherever one stands; a folder of that name comes first."
+    monkeypatch.chdir(tmp_path)
+    assert Checkpoint("tiny").label == "tiny" and (Checkpoint("tiny").path / "model.safetensors").is_file()
+    write(tmp_path / "tiny", weights())
+    assert Checkpoint("tiny").path.resolve() == tmp_path / "tiny"

@@ -1,7 +1,11 @@
 "Comparing whole checkpoints: accuracy from end to end, floors and verdicts, killed and resumed, one process or several."
-import os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from made import changed, gaussian, orthonormal, trained, weights, write
+
+from safetensors.torch import save_file
+from scipy.linalg import subspace_angles
 
 from gp_spectral import angles as module, svd
 from gp_spectral.angles import band_slices, compare, compare_all, floor_angles, principal_angles, read_comparison, rounding_std, share_out
@@ -158,6 +162,116 @@ def test_energy_and_intruders(tmp_path):
         assert (row.intruders_U, row.intruders_V) == (1, 1)
 
 
+def bases(n, angles, seed=0):
+    "Two (n, k) orthonormal bases with known principal angles between them, mixed inside."
+    k, theta = len(angles), torch.as_tensor(angles, dtype=torch.float64)
+    Q = orthonormal(n, 2 * k, seed)
+    return Q[:, :k] @ orthonormal(k, k, seed + 1), (Q[:, :k] * theta.cos() + Q[:, k:] * theta.sin()) @ orthonormal(k, k, seed + 2)
+
+
+@pytest.mark.parametrize("n, k", [(200, 20), (300, 120), (1536, 115)])
+@pytest.mark.parametrize("angle", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.75])
+def test_angles_of_float32_factors(n, k, angle):
+    "The columns of 16-bit weights are kept in float32; every angle between them is SciPy's in float64."
+    A, B = (X.float() for X in bases(n, angle * np.linspace(1, 1.04, k)))
+    true = np.sort(subspace_angles(A.double().numpy(), B.double().numpy()))
+    if angle >= 1e-5: np.testing.assert_allclose(module._turn(A, B), true, rtol=1e-6 if angle >= 1e-2 else 1e-3)
+    else: np.testing.assert_allclose(module._turn(A, B), true, atol=1e-8)
+    np.testing.assert_allclose(module._turn(A, B).mean(), true.mean(), rtol=1e-6 if angle >= 1e-2 else 1e-3)
+
+
+def test_small_and_large_angles_in_one_band():
+    truth = np.concatenate([np.logspace(-5, -0.2, 20), [1.0, 1.3, 1.5]])
+    A, B = (X.float() for X in bases(200, truth))
+    found = module._turn(A, B).numpy()
+    np.testing.assert_allclose(found[truth >= 1e-2], truth[truth >= 1e-2], rtol=2e-5); np.testing.assert_allclose(found, truth, atol=1e-7)
+    assert (module._turn(A, A.clone()) == 0).all()
+
+
+@pytest.mark.parametrize("m, n", [(300, 120), (120, 300), (100, 100)])
+@pytest.mark.parametrize("last, direct", [(0.1, True), (1e-4, False)])
+@pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, 2e-4), (torch.float64, 1e-9)])
+def test_energy_equals_the_direct_formula(tmp_path, m, n, last, direct, dtype, tol):
+    "Both ways to the change in the base's singular vectors, for well and for ill conditioned matrices."
+    r = min(m, n)
+    W = ((orthonormal(m, r) * torch.logspace(0, np.log10(last), r).double()) @ orthonormal(n, r, 1).T).to(dtype).contiguous()
+    X = (W.double() + 0.01 * W.double().std() * gaussian(m, n, seed=5)).to(dtype)
+    a, b = write(tmp_path / "a", {NAME: W}), write(tmp_path / "b", {NAME: X})
+    row = compare_all([a, b], progress=False, cache=False).changes.iloc[0]
+    true = module.delta_energy(X.double() - W.double(), factorize(W))
+    for name, share in true.items():
+        if name == "dw_outside" and m == n: assert abs(row[name]) < 1e-4
+        else: np.testing.assert_allclose(row[name], share, rtol=tol, atol=1e-12, err_msg=name)
+    f, g = factorize(W), factorize(X)
+    assert row.intruders_U == module.intruder_dimensions(f.U, g.U[:, :10]) and row.intruders_V == module.intruder_dimensions(f.Vh.T, g.Vh.T[:, :10])
+    assert row.unchanged == pytest.approx(float((W == X).double().mean()), abs=1e-12)
+
+
+def test_the_floor_comes_before_chance(tmp_path):
+    "Rounding turns the empty directions of a matrix that lacks ranks at random, and no verdict calls that movement."
+    for seed in range(3):
+        W = (gaussian(400, 30, seed=seed) @ gaussian(30, 100, seed=seed + 9)).float()
+        a, b = write(tmp_path / f"a{seed}", {NAME: W}), write(tmp_path / f"b{seed}", {NAME: W.bfloat16()})
+        t = compare(a, b, progress=False, cache=False)
+        assert set(t.verdict) == {"noise"}, t[["side", "band", "mean", "floor", "random_mean", "verdict"]]
+        assert (t[t.band == "tail"]["mean"] > 0.9 * t[t.band == "tail"].random_mean).any()                            # chance would have had it
+
+
+def test_unchanged_elements_are_counted_and_told(tmp_path, capsys):
+    w = weights(dtype=torch.bfloat16)
+    new = w | {NAME: (w[NAME].double() * (1 + 1e-3 * gaussian(40, 24))).bfloat16()}
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", new)
+    found = compare_all([a, b], progress=False, cache=False)
+    row = found.changes.set_index("matrix").unchanged
+    assert row[NAME] == float((w[NAME] == new[NAME]).double().mean()) and 0.4 < row[NAME] < 1 and (row.drop(NAME) == 1).all()
+    module.print_comparison(found)
+    assert f"{row.median():.1%} of the numbers are equal" in (text := capsys.readouterr().out) and "swallowed" in text
+
+
+# --- which library, which precision
+
+def test_the_blas_is_chosen_by_the_vendor(monkeypatch):
+    A, B = gaussian(40, 30), gaussian(30, 20, seed=1)
+    for vendor, mkl, numpy in (("vendor_id : GenuineIntel", True, False), ("vendor_id : GenuineIntel", False, True), ("vendor_id : AuthenticAMD", True, True)):
+        monkeypatch.setattr(svd, "_vendor", lambda: vendor); monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+        svd._prefers_mkl.cache_clear()
+        assert svd._by_numpy(A) == numpy
+        torch.testing.assert_close(svd._mm(A, B), A @ B); torch.testing.assert_close(svd._gram(A), A.T @ A)
+        assert (svd._eigh(A.T @ A)[0] - torch.linalg.eigvalsh(A.T @ A).flip(0)).abs().max() < 1e-9
+    monkeypatch.undo(); svd._prefers_mkl.cache_clear()
+
+
+def test_one_thread_holds_in_workers_and_keeps_float32(monkeypatch):
+    "Products that somebody has allowed to be coarser are not, inside; afterwards everything is as it was."
+    from concurrent.futures import ThreadPoolExecutor
+    X = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    true, before, threads = X.double() @ X.double(), torch.get_float32_matmul_precision(), torch.get_num_threads()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with svd.one_thread(), ThreadPoolExecutor(2) as pool:
+            here, there = X @ X, list(pool.map(lambda _: (torch.get_num_threads(), X @ X, svd._eigh(svd._gram(X.double()))[1]), range(2)))
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee" == torch.backends.mkldnn.matmul.fp32_precision
+            alone = svd._eigh(svd._gram(X.double()))[1]
+        assert (here.double() - true).abs().max() < 1e-3
+        for n, Y, V in there: assert n == 1 and torch.equal(Y, here) and torch.equal(V, alone)
+        assert torch.get_float32_matmul_precision() == "medium" and torch.get_num_threads() == threads
+    finally: torch.set_float32_matmul_precision(before)
+
+
+def test_the_plan_says_the_drivers(trio, tmp_path, monkeypatch):
+    "Measured by the first process, followed by the others and by a run that goes on."
+    times = dict(gram=2.0, gesvd=1.0)
+    monkeypatch.setattr(svd, "time_drivers", lambda shape, device: times); monkeypatch.setattr(svd, "_CHOSEN", {}); monkeypatch.setattr(module, "_CHOSEN", svd._CHOSEN)
+    cs = [Checkpoint(c) for c in trio]; found = cs[0].matrices()
+    begin = lambda: module._begin(cs, [(0, 1)], found, 0.2, True, "cuda:0", tmp_path / "out", None)
+    begin()
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert set(plan["drivers"].values()) == {"gesvd"} and set(plan["drivers"]) == {svd._sides(m.shape) for m in found}
+    svd._CHOSEN.clear(); times["gram"] = 0.5                                  # another process, another measurement
+    begin()
+    assert svd.choose_driver(tuple(found[0].shape), "cuda:1") == "gesvd" and json.loads((tmp_path / "out" / "plan.json").read_text()) == plan
+
+
 # --- killed, resumed, shared
 
 CHILD = """
@@ -218,6 +332,130 @@ def test_several_processes_give_the_same_bits(trio, tmp_path, processes, late):
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:3000]
     assert done.stdout.count("base → sft") == 1                                   # one process speaks
     same(read_comparison(tmp_path / "out"), compare_all(trio, progress=False, cache=False))
+
+
+def adapter(folder, base, seed, alpha=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    save_file({f"{name}.lora_A.weight": gaussian(2, 24, seed=seed).float(), f"{name}.lora_B.weight": gaussian(40, 2, seed=seed + 1).float()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path=str(base), r=2, lora_alpha=alpha)))
+    return folder
+
+
+@pytest.mark.parametrize("change", ["weights", "scale"])
+def test_an_adapter_that_was_trained_on_is_another_question(tmp_path, change):
+    base = write(tmp_path / "base", weights())
+    lora = adapter(tmp_path / "lora", base, 1)
+    compare_all([base, lora], progress=False, out=tmp_path / "out", cache=False)
+    compare_all([base, lora], progress=False, out=tmp_path / "out", cache=False)                 # nothing has changed
+    time.sleep(0.02); adapter(lora, base, *((50, 2) if change == "weights" else (1, 4)))
+    with pytest.raises(CheckpointError, match="other files"): compare_all([base, lora], progress=False, out=tmp_path / "out", cache=False)
+
+
+def test_adapters_of_one_name_keep_their_base(tmp_path):
+    base = write(tmp_path / "base", weights())
+    pair = [Checkpoint(adapter(tmp_path / x / "lora", "nowhere/nothing", seed), base=base) for x, seed in (("x", 3), ("y", 5))]
+    t = compare_all([base, *pair], progress=False, cache=False).changes.set_index(["other", "matrix"]).weight_change
+    assert set(t.index.get_level_values(0)) == {"x/lora", "y/lora"} and t["x/lora", NAME] != t["y/lora", NAME] > 0
+    assert [c.label for c in pair] == ["lora", "lora"]                        # the caller's own stay as they are
+
+
+def test_labels_are_told_apart(tmp_path):
+    w = weights(); folders = [write(tmp_path / p / "run" / "ck", changed(w, seed=i)) for i, p in enumerate("pqr")]
+    base = write(tmp_path / "base", w)
+    labels = lambda cs, **k: set(compare_all(cs, progress=False, cache=False, layers=[0], details=False, **k).angles.other)
+    assert labels([base, *folders]) == {f"{p}/run/ck" for p in "pqr"}
+    assert labels([base, folders[0], Checkpoint(folders[1], "mine")]) == {"ck", "mine"}
+    assert labels([base, base]) == {"base"}
+    assert labels([base, folders[0], folders[1], folders[0]]) == {"p/run/ck", "q/run/ck"}
+    with pytest.raises(ValueError, match="'mine'.*label of its own"): labels([base, *(Checkpoint(f, "mine") for f in folders)])
+    with pytest.raises(ValueError, match="'ck'.*label of its own"): labels([base, folders[0], Checkpoint(folders[1], "ck"), Checkpoint(base, "ck")])
+
+
+@pytest.mark.parametrize("left", ["part", "empty", "part and parts"])
+def test_killed_while_the_plan_was_written(trio, tmp_path, left):
+    out = tmp_path / "out"; out.mkdir()
+    if left == "empty": (out / "plan.json").touch()
+    else: (out / "plan.json.123.part").write_text('{"version"')
+    if left == "part and parts": (out / "parts").mkdir()
+    same(compare_all(trio, progress=False, out=out, cache=False, layers=[0]), compare_all(trio, progress=False, cache=False, layers=[0]))
+    assert sorted(p.name for p in out.iterdir()) == ["angles.parquet", "changes.parquet", "plan.json"]
+
+
+def test_a_damaged_plan_is_named(trio, tmp_path):
+    out = tmp_path / "out"; out.mkdir(); (out / "plan.json").write_text('{"version"')
+    with pytest.raises(CheckpointError, match="plan.json cannot be read"): compare_all(trio, progress=False, out=out)
+
+
+def test_what_is_written_is_on_disk_first(tmp_path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: order.append("sync") or sync(f)); monkeypatch.setattr(os, "replace", lambda a, b: order.append("rename") or replace(a, b))
+    module._write_json(tmp_path / "x.json", [1]); assert order == ["sync", "rename"]
+
+
+# --- memory
+
+def test_workers_keep_to_a_part_of_the_checkpoint():
+    small, big = [(1536, 576)], [(4096, 1024), (1024, 1024)]
+    assert module._workers(big, 100, False, 768 << 20) == 1                    # two would need more than 300 MiB
+    assert module._workers([(14336, 4096)], 100, False, 16 << 30) <= 2 and module._workers([(14336, 4096)], 1, False, 0) == 1
+    assert module._workers(small, 100, False, 256 << 20) == min(len(os.sched_getaffinity(0)), 4) if hasattr(os, "sched_getaffinity") else True
+    for size in (0, 1 << 28, 1 << 30, 1 << 34):
+        for shape in ((64, 64), (4096, 1024), (14336, 4096)):
+            n = module._workers([shape], 1000, True, size)
+            assert n == 1 or n * 8 * 6 * shape[0] * shape[1] + module.SETUP <= max(module.ROOM, size / 3)
+
+
+WATCHED = """
+import sys
+from pathlib import Path
+from gp_spectral.angles import compare_all
+def resident(what): return int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) << 10
+if __name__ == "__main__":
+    Path("/proc/self/clear_refs").write_text("5"); start = resident("VmRSS")
+    compare_all(sys.argv[2:], cache=False, progress=False)
+    print((resident("VmHWM") - start) >> 20)
+"""
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux only")
+def test_memory_of_a_768_mib_pair_with_the_default_workers(tmp_path):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+    from random_checkpoint import perturb, write as make
+    make(tmp_path / "a", "768mib"); perturb(tmp_path / "b", tmp_path / "a")
+    done = subprocess.run([sys.executable, "-c", WATCHED, "x", str(tmp_path / "a"), str(tmp_path / "b")], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) <= 300
+
+
+# --- requests
+
+def test_a_comparison_that_cannot_be_leaves_no_folder(tmp_path, capsys):
+    w = weights(); bad = w | {NAME: torch.full_like(w[NAME], torch.nan)}
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", bad)
+    c = write(tmp_path / "c", {k: v for k, v in w.items() if k != NAME})
+    for other, words in ((b, "NaN"), (c, "up_proj")):
+        assert module.main(["compare", str(a), str(other), "--out", str(tmp_path / "o"), "--cache", "none"]) == 2
+        assert words in (text := capsys.readouterr().err) and text.splitlines()[-1 if words == "NaN" else 0].startswith("gp-spectral compare: ") and not (tmp_path / "o").exists()
+    (tmp_path / "o").mkdir()                                                  # one that was there stays
+    with pytest.raises(CheckpointError, match="NaN"): compare_all([a, b], progress=False, out=tmp_path / "o", cache=False)
+    assert (tmp_path / "o").is_dir()
+
+
+@pytest.mark.parametrize("given, kept", [(["--cache", "none"], 0), (["--no-cache"], 0), (["--cache", "FOLDER"], 2)])
+def test_cache_none_is_no_cache(trio, tmp_path, monkeypatch, given, kept):
+    monkeypatch.chdir(tmp_path)
+    assert module.main([*trio[:2], "--out", "o", "--layers", "0", "--kinds", "up_proj", *[g.replace("FOLDER", "kept") for g in given]]) == 0
+    assert not (tmp_path / "none").exists() and len(list(tmp_path.glob("*/??/*.safetensors"))) == kept
+
+
+def test_embeddings_of_unequal_size_are_named(tmp_path):
+    w = weights(); big = w | {"model.embed_tokens.weight": torch.cat([w["model.embed_tokens.weight"]] * 2)}
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", big)
+    for ask in (lambda: compare_all([a, b], kinds="embed_tokens", progress=False), lambda: svd.sigma_change(a, b, ["embed_tokens"], progress=False)):
+        with pytest.raises(CheckpointError, match=r"embed_tokens.weight: \(30, 24\)"): ask()
+    assert module.main([str(a), str(b), "--kinds", "embed_tokens", "--out", str(tmp_path / "o")]) == 2
+    assert len(compare(a, b, progress=False))                                 # not named, they are no obstacle
 
 
 def test_every_process_works():

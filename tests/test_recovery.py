@@ -345,6 +345,109 @@ def test_equal_norm_controls_match_each_matrix(checkpoints, tmp_path):
     for other in norms[1:]: np.testing.assert_allclose(other, norms[0], rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["interpolate_to_norm", "random"])
+@pytest.mark.parametrize("top", [0.05, 0.2, 0.4])
+def test_equal_norm_is_equal_as_stored(dtype, method, top):
+    "Of checkpoints half a per cent apart, elements differ by about one unit in the last place: a rounded straight line misses the norm by a fifth."
+    W = trained(160, 120)
+    D = gaussian(160, 120, seed=3)
+    target, donor = W.to(dtype), (W + 0.005 * W.norm() / D.norm() * D).to(dtype)
+    size = lambda X: float((X.double() - target.double()).norm())
+    wanted = size(edit_matrix("anchored", target, donor, top=top))
+    after = edit_matrix(method, target, donor, top=top)
+    assert abs(size(after) / wanted - 1) < 0.02
+    if method == "random": return
+    assert ((after.double() - target.double()) * (donor.double() - target.double()) >= 0).all()                    # every element goes its donor's way
+    if dtype == torch.bfloat16 and top == 0.2: assert abs(size(recovery.interpolate(target, donor, wanted / size(donor))) / wanted - 1) > 0.02
+
+
+def test_one_step_for_all_is_taken_by_some():
+    "Every element differs by one unit: the stored norm is nothing or everything, but for the elements that cross."
+    target = torch.full((20, 20), 1.0).bfloat16(); donor = torch.full((20, 20), 1.0 + 2 ** -7).bfloat16()
+    way = float((donor.double() - target.double()).norm())
+    for share in (0.3, 0.5, 0.9):
+        after = recovery.interpolate_to_norm(target, donor, share * way)
+        assert abs(float((after.double() - target.double()).norm()) / way - share) < 0.01 and set(after.unique().tolist()) == {1.0, 1.0 + 2 ** -7}
+    assert torch.equal(recovery.interpolate_to_norm(target, donor, 0.0), target) and torch.equal(recovery.interpolate_to_norm(target, target, 1.0), target)
+
+
+def test_the_record_says_what_norm_was_reached(tmp_path):
+    w = weights(dtype=torch.bfloat16)
+    folders = write(tmp_path / "t", changed(w, 0.005)), write(tmp_path / "d", w)
+    record, rows = recovery_record(recover(*folders, tmp_path / "o", "interpolate_to_norm", progress=False))
+    like, wanted = recovery_record(recover(*folders, tmp_path / "a", "anchored", progress=False))
+    np.testing.assert_allclose(rows.norm_ratio, 1, atol=0.02); np.testing.assert_allclose(rows.edit, wanted.edit, rtol=0.02)
+    assert abs(record["norm_ratio"] - 1) < 0.02 and abs(record["edit_norm"] / like["edit_norm"] - 1) < 0.02 and "norm_ratio" not in like
+    assert recovery_record(recover(*folders, tmp_path / "i", "interpolate", alpha=0.5, progress=False))[0]["restored"] == 0
+
+
+def test_certificate_of_head_and_tail_is_of_the_worse():
+    t, d = pair(60, 40)
+    after = edit_matrix("anchored", t, d, top=0.2)                           # the head is the donor's, the tail is not
+    both, head, tail = (certificate(t, after, d, **k) for k in (dict(top=0.2, tail=0.2), dict(top=0.2), dict(top=0.0, tail=0.2)))
+    assert head["head_angle"] < 1e-7 < tail["head_angle"] == both["head_angle"]
+    assert both["head_angle_before"] == max(head["head_angle_before"], tail["head_angle_before"])
+
+
+def test_the_whole_way_goes_by_rows(tmp_path, monkeypatch):
+    w = weights()
+    target, donor = Checkpoint(write(tmp_path / "t", changed(w))), Checkpoint(write(tmp_path / "d", w))
+    truth = float(torch.cat([(target.tensor(n).double() - donor.tensor(n).double()).flatten() for n in target.names]).norm())
+    seen, norm = [], torch.Tensor.norm
+    monkeypatch.setattr(torch.Tensor, "norm", lambda x, *a, **k: seen.append(x.numel()) or norm(x, *a, **k))
+    for chunk in (1, 50, 10 ** 9):
+        monkeypatch.setattr(recovery, "CHUNK", chunk); seen.clear()
+        assert recovery._whole_way(target, donor) == pytest.approx(truth, rel=1e-12)
+        assert chunk == 10 ** 9 or max(seen) <= max(chunk, 40)               # never more than the chunk, or one row
+    read, tensor = [], Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda c, n, *a, **k: read.append(n) or tensor(c, n, *a, **k))
+    known = {n: 0.0 for n in target.names[1:]}
+    recovery._whole_way(target, donor, known)
+    assert set(read) == {target.names[0]}
+
+
+MEASURE = """
+import sys, torch; torch.set_num_threads(1)
+from pathlib import Path
+from gp_spectral.checkpoint import Checkpoint
+from gp_spectral.recovery import _whole_way
+def resident(what): return int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) << 10
+pair = [Checkpoint(f) for f in sys.argv[1:]]
+_whole_way(*pair, {n: 0.0 for n in pair[0].names if "embed" in n})          # first calls
+Path("/proc/self/clear_refs").write_text("5"); start = resident("VmRSS")
+_whole_way(*pair); print(resident("VmHWM") - start)
+"""
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux only")
+def test_an_embedding_is_no_reason_for_three_copies_in_float64(tmp_path):
+    n = 60000 * 256                                                          # 31 MB in bfloat16; three copies in float64 are 369 MB
+    w = {"model.layers.0.mlp.up_proj.weight": trained(8, 8).bfloat16().contiguous()}
+    pair = [write(tmp_path / x, w | {"model.embed_tokens.weight": torch.full((60000, 256), v, dtype=torch.bfloat16)}) for x, v in (("a", 1.0), ("b", 2.0))]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, pair)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 * 2 * n + 3 * 8 * recovery.CHUNK + (16 << 20)
+
+
+def test_embeddings_of_unequal_size_are_told_before_the_work(tmp_path):
+    w = weights(); big = w | {"model.embed_tokens.weight": torch.cat([w["model.embed_tokens.weight"]] * 2)}
+    pair = write(tmp_path / "a", w), write(tmp_path / "b", big)
+    for kinds in ("embed_tokens", ["embed_tokens", "up_proj"]):
+        with pytest.raises(CheckpointError, match="embed_tokens.weight"): recover(*pair, tmp_path / "o", kinds=kinds, progress=False)
+    assert not (tmp_path / "o").exists()
+    recover(*pair, tmp_path / "o", progress=False)                           # not named, they are left alone
+
+
+def test_command_line_says_what_it_did(models, tmp_path, capsys):
+    target, donor = map(str, models)
+    run = lambda *a: sweeping.main(["recover", *a, "--cache", "none"])
+    assert run(target, "--donor", donor, "--out", str(tmp_path / "l"), "--as-lora", "bfloat16", "--top", "0.1") == 0
+    text, (record, rows) = capsys.readouterr().out, recovery_record(tmp_path / "l")
+    assert f"rank {rows.lora_rank.min()} to {rows.lora_rank.max()}" in text and f"error of {record['lora_error']:.1e}" in text
+    for given, top in (([], 1.0), (["--top", "0.2"], 0.2)):
+        assert run(target, "--donor", donor, "--out", str(tmp_path / f"s{top}"), "--method", "sigma_only", *given) == 0
+        assert recovery_record(tmp_path / f"s{top}")[0]["top"] == top
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_noise_as_large_as_the_whole_difference(tmp_path, shards):
     w = weights(); donor, target = write(tmp_path / "d", w, shards), write(tmp_path / "t", changed(w), shards)
@@ -807,10 +910,10 @@ def test_search_finds_what_is_needed(folders, tmp_path):
 def test_search_keeps_to_its_budget_and_says_so(folders, tmp_path):
     score = Needs(*folders, layers=[0, 2], kinds=["up_proj", "down_proj"])
     for budget in (2, 5, 9):
-        found = search(*folders, score, 0.999, tmp_path / f"out{budget}", budget=budget, progress=False)
+        found = search(*folders, score, 0.999, tmp_path / f"out{budget}", budget=budget, name="needs", progress=False)
         assert len(score.calls) == budget == len(found.history) and found.reached and "budget was used up" in found.message
         score.calls.clear()
-    more = search(*folders, score, 0.999, tmp_path / "out9", budget=14, progress=False)
+    more = search(*folders, score, 0.999, tmp_path / "out9", budget=14, name="needs", progress=False)
     assert len(score.calls) == 5 and len(more.history) == 14 and more.restored <= found.restored
 
 
@@ -850,19 +953,18 @@ from test_recovery import Needs
 from gp_spectral.sweep import search
 class Slow(Needs):
     def __call__(self, folder): value = super().__call__(folder); time.sleep(0.15); return value
-Slow.__module__, Slow.__qualname__ = 'test_recovery', 'Needs'
-search({str(folders[0])!r}, {str(folders[1])!r}, Slow({str(folders[0])!r}, {str(folders[1])!r}, [1], ['up_proj', 'q_proj']), 0.999, 'killed', budget=60, steps=16, progress=False)
+search({str(folders[0])!r}, {str(folders[1])!r}, Slow({str(folders[0])!r}, {str(folders[1])!r}, [1], ['up_proj', 'q_proj']), 0.999, 'killed', budget=60, steps=16, name='needs', progress=False)
 """
     log = tmp_path / "killed" / "search.jsonl"
     child(tmp_path, code, lambda: log.exists() and log.read_bytes().count(b"\n") >= 5)
     done = log.read_bytes().count(b"\n")
     with open(log, "ab") as f: f.write(b'{"key": "cut o')                                  # as if the kill had hit the writing
-    score = Needs(*folders, [1], ["up_proj", "q_proj"]); score.__class__.__module__ = "test_recovery"
-    resumed = search(*folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, progress=False); calls = len(score.calls)
-    quiet = search(*folders, score, 0.999, tmp_path / "quiet", budget=60, steps=16, progress=False)
+    score = Needs(*folders, [1], ["up_proj", "q_proj"])
+    resumed = search(*folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, name="needs", progress=False); calls = len(score.calls)
+    quiet = search(*folders, score, 0.999, tmp_path / "quiet", budget=60, steps=16, name="needs", progress=False)
     assert calls == len(quiet.history) - done and len(score.calls) - calls == len(quiet.history)
     drop, ended = ["seconds"], log.read_bytes()
-    search(*folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, progress=False)        # the record is whole again
+    search(*folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, name="needs", progress=False)        # the record is whole again
     assert len(score.calls) - calls == len(quiet.history) and log.read_bytes() == ended
     pd.testing.assert_frame_equal(resumed.history.drop(columns=drop), quiet.history.drop(columns=drop))
     assert resumed._replace(folder=None, history=None) == quiet._replace(folder=None, history=None) and Checkpoint(resumed.folder).digest() == Checkpoint(quiet.folder).digest()
@@ -872,11 +974,33 @@ search({str(folders[0])!r}, {str(folders[1])!r}, Slow({str(folders[0])!r}, {str(
 def test_search_records_belong_to_their_inputs(folders, tmp_path):
     "Another donor, goal or method is not answered from old scores, unless the candidate is the same."
     score = Needs(*folders, [1], ["up_proj"])
-    search(*folders, score, 0.9, tmp_path / "out", budget=6, progress=False); n = len(score.calls)
-    search(*folders, score, 0.95, tmp_path / "out", budget=2, progress=False); assert len(score.calls) == n
-    search(*folders, score, 0.9, tmp_path / "out", budget=2, method="uv", progress=False); assert len(score.calls) == n + 2
+    search(*folders, score, 0.9, tmp_path / "out", budget=6, name="needs", progress=False); n = len(score.calls)
+    search(*folders, score, 0.95, tmp_path / "out", budget=2, name="needs", progress=False); assert len(score.calls) == n
+    search(*folders, score, 0.9, tmp_path / "out", budget=2, method="uv", name="needs", progress=False); assert len(score.calls) == n + 2
     other = write(tmp_path / "other", changed(weights(), seed=9))
-    search(folders[0], other, score, 0.9, tmp_path / "out", budget=2, progress=False); assert len(score.calls) == n + 4
+    search(folders[0], other, score, 0.9, tmp_path / "out", budget=2, name="needs", progress=False); assert len(score.calls) == n + 4
+
+
+@pytest.mark.parametrize("kind", ["lambda", "inner", "partial", "object"])
+def test_two_scores_without_a_name_are_not_taken_for_one(folders, tmp_path, kind):
+    import functools
+    class Constant:
+        def __init__(self, x): self.x = x
+        def __call__(self, folder): return self.x
+    def inner(x):
+        def score(folder): return x
+        return score
+    make = {"inner": inner, "object": Constant, "partial": lambda x: functools.partial(_constant, x), "lambda": lambda x: lambda folder: x}[kind]
+    first = search(*folders, make(1.0), 0.5, tmp_path / "out", budget=4, progress=False)
+    assert first.score == 1.0
+    with pytest.raises(ValueError, match="name="): search(*folders, make(0.0), 0.5, tmp_path / "out", budget=4, progress=False)
+    second = search(*folders, make(0.0), 0.5, tmp_path / "out", budget=4, name="nothing", progress=False)
+    assert second.score == 0.0 and not second.reached
+    again = search(*folders, lambda f: 1 / 0, 0.5, tmp_path / "out", budget=4, name="nothing", progress=False)   # on record under that name
+    assert again.score == 0.0
+
+
+def _constant(x, folder): return x
 
 
 def test_score_command(folders, tmp_path):
