@@ -69,6 +69,10 @@ class Preset:
     ppo_level: str = "token"
     ppo_reward_scale: float = 0.2
     ppo_whiten: bool = True
+    ppo_importance_cap: float = 2.0
+    ppo_save_every: int = 1
+    ppo_keep: tuple = ()
+    ppo_vllm: str = ""
     ppo_entropy_coef: float = 0.0
     ppo_kl: str = "off"
     ppo_kl_coef: float = 0.05
@@ -94,6 +98,7 @@ class Preset:
         need(self.tops and all(0 < t <= 1 for t in self.tops), "tops", "shares of the ranks above 0 and at most 1")
         need(1.0 in self.ppo_starts and min(self.ppo_starts) > 0, "ppo_starts", "numbers above 0 with 1.0 (SFT_End) among them")
         need(all(s >= 1 and s == int(s) for s in self.sft_at), "sft_at", "whole numbers of steps")
+        need(all(1 <= k <= self.ppo_iterations and k == int(k) for k in self.ppo_keep), "ppo_keep", f"whole numbers of rounds, at most {self.ppo_iterations}")
 
 _COUNTS = ("seeds", "test_problems", "curve_problems", "test_attempts", "retry_problems", "sft_steps", "sft_batch", "sft_examples", "sft_points",
            "ppo_iterations", "ppo_samples", "ppo_attempts", "ppo_epochs", "ppo_minibatch", "ppo_microbatch", "grpo_generations", "recovery_problems")
@@ -241,7 +246,7 @@ def _rl(preset, seed, model, folder, progress=True, trackers=()):
     given = dict(eval_tasks=t, eval_every=max(1, preset.ppo_iterations // 4), n_eval=preset.curve_problems, progress=progress, trackers=trackers)
     if preset.rl == "ppo":
         from gp_spectral.ppo import train_ppo
-        return train_ppo(model, folder, t["ID"], ppo_config(preset, seed), **given)
+        return train_ppo(model, folder, t["ID"], ppo_config(preset, seed), keep=tuple(map(int, preset.ppo_keep)), **given)
     if preset.rl not in ("grpo", "rloo"): raise ValueError(f"rl = {preset.rl!r}: expected ppo, grpo or rloo")
     from gp_spectral.grpo import GRPOConfig, train_grpo
     return train_grpo(model, folder, t["ID"], _config(GRPOConfig, preset, seed, generations=preset.grpo_generations), method=preset.rl, **given)
@@ -262,12 +267,13 @@ def base_model(preset, root, progress=True):
 def run_sft(preset, seed, folder, progress=True, trackers=()):
     base = base_model(preset, folder.parent, progress)
     asked = _only(preset, "sft", "curve") | dict(seed=seed, steps=start_steps(preset))
+    del asked["sft_save_every"]                                              # how often it is kept changes nothing
     return stage(folder / "sft", asked, [base], lambda f: _sft(preset, seed, base, f, progress, trackers))
 
 def run_rl(preset, seed, folder, step, progress=True, trackers=()):
     start = folder / "sft" / f"step-{step:05d}"
     asked = _only(preset, "ppo", "curve", *(() if preset.rl == "ppo" else ("grpo",))) | dict(seed=seed, step=step)
-    del asked["ppo_starts"]                                                  # what happens from one start does not depend on the others
+    for key in ("ppo_starts", "ppo_save_every", "ppo_vllm"): del asked[key]   # neither the other starts, nor how often it is kept, nor the server's address
     return stage(folder / f"{preset.rl}-{step:05d}", asked, [start], lambda f: _rl(preset, seed, start, f, progress, trackers))
 
 # %% ../nbs/06_study.ipynb #5a3cf26f
@@ -576,10 +582,13 @@ def _claims_3_and_7(n):
         rows = n.answers("OOD", own=lambda x: x[f"rl_{step}"] - x[f"sft_{step}"], less=lambda x: x["rl"] - x[f"rl_{step}"])
         n.add("C3", f"from an SFT that was too {kind} (step {step}) RL does not heal (RL − its start)", contrast(rows, "own"), 0, "share", side="<")
         n.add("C3", f"RL from SFT_End ends above RL from the too {kind} SFT (step {step})", contrast(rows, "less"), 0, "share")
+    if not steps:
+        for claim in ("C3", "C7"): n.add(claim, "not tested: RL has one start (ppo_starts)", (math.nan, -math.inf, math.inf, 0), 0, "share")
+        return
     starts = [("end", "rl"), *((f"sft_{s}", f"rl_{s}") for s in steps)]
     by_seed = n.answers("OOD").groupby("seed").mean(numeric_only=True)
     x, y = (by_seed[[p[i] for p in starts]].to_numpy() for i in (0, 1))
-    slope = ((x - x.mean(1, keepdims=True)) * (y - y.mean(1, keepdims=True))).sum(1) / ((x - x.mean(1, keepdims=True)) ** 2).sum(1) if len(starts) > 1 else []
+    slope = ((x - x.mean(1, keepdims=True)) * (y - y.mean(1, keepdims=True))).sum(1) / ((x - x.mean(1, keepdims=True)) ** 2).sum(1)
     n.add("C7", f"better in, better out: slope of RL's OOD success on that of its start, over {len(starts)} starts", interval(slope), 0, "pp per pp")
 
 # %% ../nbs/06_study.ipynb #42a50d34
@@ -799,7 +808,7 @@ def claims_rows(table):
     "The claims as rows of text: claim, text, effect, interval, where the claim wants the whole interval, seeds, verdict."
     for r in table.itertuples():
         bounded = math.isfinite(r.low) and math.isfinite(r.high)
-        span = f"{_number(r.low, r.unit)} … {_number(r.high, r.unit)}" if bounded else "one seed" if r.seeds < 2 else "without bounds"
+        span = f"{_number(r.low, r.unit)} … {_number(r.high, r.unit)}" if bounded else ("–", "one seed")[r.seeds] if r.seeds < 2 else "without bounds"
         yield (r.claim, r.text + (f" ({r.note})" if r.note else ""), _number(r.effect, r.unit), span,
                f"{r.side} " + _number(r.threshold, r.unit).replace("+", ""), str(r.seeds), r.verdict)
 
@@ -1064,7 +1073,7 @@ def _run(a):
 def main(argv=None):
     "The command `gp-spectral`."
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE"); os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")     # idle threads sleep; spinning, they starve the others
     os.environ.setdefault("MPLBACKEND", "Agg")
     if argv and argv[0] in _ELSEWHERE: return import_module(f"gp_spectral.{_ELSEWHERE[argv[0]][0]}").main(argv)
     a = _parser().parse_args(argv)

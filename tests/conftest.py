@@ -3,7 +3,8 @@ import atexit, os, shutil, socket, subprocess, sys, tempfile, time, urllib.reque
 import pytest
 
 for key, value in dict(OMP_NUM_THREADS="2", MKL_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2",   # two cores are what the tests are written for
-                       TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE").items(): os.environ.setdefault(key, value)
+                       TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
+                       OMP_WAIT_POLICY="PASSIVE", OPENBLAS_THREAD_TIMEOUT="4").items(): os.environ.setdefault(key, value)
 
 if "GP_SPECTRAL_CACHE" not in os.environ:   # factors of throw-away matrices do not belong into the user's cache
     os.environ["GP_SPECTRAL_CACHE"] = tempfile.mkdtemp(prefix="gp_spectral_factors_")
