@@ -43,7 +43,7 @@ def render(notebook, base=""):
         if cell["cell_type"] == "markdown": parts.append(_links(source, base))
         elif cell["cell_type"] == "code":
             if directives.get("echo") != "false" and source: parts.append(f"```python\n{source}\n```")
-            if directives.get("output") != "false": parts += [_output(o) for o in cell["outputs"]]
+            if directives.get("output") != "false": parts += [_links(_output(o), base) for o in cell["outputs"]]
     return MARKER + "\n" + "\n\n".join(p for p in parts if p) + "\n"
 
 def readme(root=ROOT):
