@@ -341,6 +341,8 @@ def _prepare(net, config, accelerator):
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true": _shard(net)
     optimizer = _optimizer(net, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage == 3: raise ValueError("train_ppo cannot play with a model that DeepSpeed's ZeRO-3 has cut up: use configs/zero2.yaml or configs/fsdp2.yaml")
         accelerator.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=config.microbatch, gradient_clipping=config.max_grad_norm)
     if is_sharded(net): wrapped, optimizer = net, accelerator.prepare_optimizer(optimizer)
     else: wrapped, optimizer = accelerator.prepare(net, optimizer)

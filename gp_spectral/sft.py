@@ -126,7 +126,7 @@ def inference(model):
 def full_state(model) -> dict:
     "The whole state dict on the CPU; of a sharded model on the first process, empty on the others. All processes call it."
     if _zero3(model):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
         with GatheredParameters(list(model.parameters())): return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     if not _fsdp(model): return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
