@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .sft import check_numbers, curve_row, evaluate, finished, full_state, generate, inference, is_sharded, load_model, lora_config, play
-from .sft import refuse_diverged, save_model, task_name, world, write_json, write_table, _end_tokens, _merged_state, _on_cpu
+from .sft import refuse_diverged, save_model, task_name, world, write_json, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
 @dataclass
@@ -539,7 +539,7 @@ def _open(model, config, device):
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); network.enable_input_require_grads()
     if config.lora:
         from peft import get_peft_model
-        network = get_peft_model(network, lora_config(config.lora))
+        with _no_outlook(): network = get_peft_model(network, lora_config(config.lora))
     return ActorCritic(network, config.value_head), tokenizer
 
 def _play(bare, tokenizer, task, config, i, sampler, accelerator):
