@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .sft import check_numbers, curve_row, evaluate, finished, full_state, generate, inference, is_sharded, load_model, lora_config, play
-from .sft import refuse_diverged, save_model, task_name, world, write_json, write_table, _end_tokens, _merged_state, _on_cpu
+from .sft import refuse_diverged, save_model, task_name, world, write_json, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
 @dataclass
@@ -341,6 +341,8 @@ def _prepare(net, config, accelerator):
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true": _shard(net)
     optimizer = _optimizer(net, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage == 3: raise ValueError("train_ppo cannot play with a model that DeepSpeed's ZeRO-3 has cut up: use configs/zero2.yaml or configs/fsdp2.yaml")
         accelerator.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=config.microbatch, gradient_clipping=config.max_grad_norm)
     if is_sharded(net): wrapped, optimizer = net, accelerator.prepare_optimizer(optimizer)
     else: wrapped, optimizer = accelerator.prepare(net, optimizer)
@@ -537,7 +539,7 @@ def _open(model, config, device):
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); network.enable_input_require_grads()
     if config.lora:
         from peft import get_peft_model
-        network = get_peft_model(network, lora_config(config.lora))
+        with _no_outlook(): network = get_peft_model(network, lora_config(config.lora))
     return ActorCritic(network, config.value_head), tokenizer
 
 def _play(bare, tokenizer, task, config, i, sampler, accelerator):

@@ -126,7 +126,7 @@ def inference(model):
 def full_state(model) -> dict:
     "The whole state dict on the CPU; of a sharded model on the first process, empty on the others. All processes call it."
     if _zero3(model):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
         with GatheredParameters(list(model.parameters())): return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     if not _fsdp(model): return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -456,6 +456,11 @@ def lora_config(rank):
     from peft import LoraConfig
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
+@contextmanager
+def _no_outlook():
+    "Without FutureWarnings: gradient_checkpointing changes its name in transformers 6, and peft and TRL still use the old one."
+    with warnings.catch_warnings(): warnings.simplefilter("ignore", FutureWarning); yield
+
 def check_numbers(
     what,             # whose settings they are
     values,           # {name: value}
@@ -477,8 +482,7 @@ def _sft_arguments(steps, micro, accumulate, lr, warmup, seed, precision, gradie
     from trl import SFTConfig
     cuda = torch.cuda.is_available()
     if precision == "auto": precision = "bf16" if cuda else "no"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)     # of gradient_checkpointing, which changes its name in transformers 6
+    with _no_outlook():
         return SFTConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, learning_rate=lr,
             lr_scheduler_type="constant_with_warmup", warmup_steps=min(warmup, steps // 2), weight_decay=0.0, seed=seed, use_cpu=not cuda,
@@ -516,7 +520,8 @@ def _run_trl(network, tokenizer, data, args, curve, lora, progress, checkpoint):
     from trl import SFTTrainer
     disable_progress_bars()
     adapter = lora_config(lora) if lora else None
-    trainer = SFTTrainer(model=network, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[curve], peft_config=adapter)
+    with _no_outlook():
+        trainer = SFTTrainer(model=network, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[curve], peft_config=adapter)
     enable_progress_bars()
     for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
     if progress and world().is_main_process: trainer.add_callback(_Bar("SFT"))
