@@ -20,8 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, preflight
-from .svd import (_CHOSEN, SPLIT, _by_numpy, _gram, _long_side, _mm, _sides, as_cache, change_row, choose_driver, factors, looks_untrained, one_thread, relative_change,
-                             short_factors)
+from .svd import (_CHOSEN, SPLIT, _by_numpy, _gram, _long_side, _mm, _sides, as_cache, change_row, choose_driver, factors,
+                             looks_untrained, one_thread, relative_change, short_factors)
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -174,6 +174,7 @@ def _turn(A, B):
     if sin2[-1] < 0.5: return torch.asin(sin2.sqrt())
     return torch.where(sin2 < 0.5, torch.asin(sin2.sqrt()), torch.acos(_eigenvalues(C).sqrt().flip(0)))
 
+# %% ../nbs/04_angles.ipynb #ba3e679f
 def _band_rows(sides, s, t, slices, std):
     "The rows of `band_angles`; `sides`: {'U': (n, {band: A}, {band: B})}, and V."
     found, moved, r = {}, relative_change(s, t)[0].abs(), len(s)
@@ -192,6 +193,7 @@ def _band_rows(sides, s, t, slices, std):
             found[side, band] = row | dict(verdict=verdict(row["mean"], row["floor"], row["random_mean"], edges * np.pi / 2 / max(1, k - zeros)))
     return [found[side, band] for side in sides for band in slices]
 
+# %% ../nbs/04_angles.ipynb #f32431b7
 def band_angles(
     base,                     # `Factors` of one matrix
     other,                    # `Factors` of the other, same shape
@@ -329,6 +331,7 @@ def share_out(
         loads[r] += costs[i]; hands[r].append(i)
     return hands
 
+# %% ../nbs/04_angles.ipynb #01ce7eb3
 def _write_json(path, value):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "w") as f: f.write(json.dumps(value)); f.flush(); os.fsync(f.fileno())
@@ -344,6 +347,7 @@ def _plan_of(note):
     try: return json.loads(note.read_text())
     except ValueError as e: raise CheckpointError(f"{note} cannot be read ({e}): delete {note.parent}, the comparison has to begin anew") from e
 
+# %% ../nbs/04_angles.ipynb #5a49a815
 def _open_out(out, plan):
     "Makes or checks the folder of a comparison: (folder, its plan); `CheckpointError` when it belongs to another one."
     out = Path(out); note = out / "plan.json"
@@ -492,6 +496,7 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
         except BaseException: pool.shutdown(cancel_futures=True); raise
     return results
 
+# %% ../nbs/04_angles.ipynb #faa54ab9
 def _finish(out, table):
     "Writes the tables, then removes the parts that they were made of."
     for name, x in table._asdict().items():
@@ -505,6 +510,7 @@ def read_comparison(
     try: return Comparison(*(pd.read_parquet(Path(folder) / f"{n}.parquet") for n in Comparison._fields))
     except FileNotFoundError as e: raise CheckpointError(f"{folder} holds no finished comparison: run it again with the same arguments, it goes on") from e
 
+# %% ../nbs/04_angles.ipynb #eca6c256
 def _warn(table):
     few = lambda names: ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
     if "untrained" in table.changes and table.changes.untrained.any():

@@ -382,38 +382,42 @@ def _split_experts(m, base, config, g):
 
 # %% ../nbs/02a_checkpoint.ipynb #47c3de39
 @patch
+def _of_tensor(self:Checkpoint, m, shape, two, heads, config, g):
+    "(the matrices of one stored tensor, why there are none): `m` is what its name says, with its stack; `config` and `g` are its stack's."
+    base, words = m.kind, m.name.split(".")
+    if base == "relative_attention_bias": m = m._replace(layer=None)      # T5: a table of buckets, not a map
+    elif two and not _TOWER.search(m.name) and m.layer is not None and not words[-3].isdigit(): m = m._replace(kind=f"{words[-3]}.{base}")
+    if len(shape) == 3:
+        if base not in _EXPERTS_UP or not ("experts" in words or base.endswith("_linear")): return [], ""
+        return _split_experts(m._replace(shape=shape), base, config, g)
+    turned, type = config.get("model_type") in _CONV1D and m.layer is not None, config.get("model_type")
+    m = m._replace(shape=shape[::-1] if turned else shape, transposed=turned)
+    if base in _QKV: return _split_qkv(m, base, config, g, heads), ""
+    if base in _GATE_UP and m.shape[0] % 2 == 0 and type in _GATE_UP[base]: return _split_gate_up(m), ""
+    if base in _GATE_UP and base != "Wi": return [m._replace(note=f"the layout of {base} in model_type {type!r} is not known")], ""
+    if heads and _ATTENTION & set(words[-4:]) and base in _HEADS: return _split_heads(m, _HEADS[base], g), ""
+    return [m], ""
+
+# %% ../nbs/02a_checkpoint.ipynb #5c2a7cd1
+def _stack_of(name, two):
+    tower = _TOWER.search(name)
+    return tower[1] if tower else s[1] if two and (s := _STACK.search(name)) else ""
+
+@patch
 def _views(self:Checkpoint, heads=False):
     "All matrices, the fused tensors split; remembered."
     if heads in self._listed: return self._listed[heads]
     found, unread, scales, two, configs = [], [], set(self.scales.values()), self._two_stacks, {}
     for name, e in self.entries.items():
         if name in scales or e.dtype == torch.bool or len(e.shape) not in (2, 3) or min(e.shape) == 0 or name.endswith("bias"): continue
-        m = describe(name)
+        m, stack = describe(name), _stack_of(name, two)
         if not e.dtype.is_floating_point:
             if m.layer is not None: unread.append(name)
             continue
-        tower = _TOWER.search(name)
-        stack = tower[1] if tower else s[1] if two and (s := _STACK.search(name)) else ""
         if stack not in configs: configs[stack] = (c := self._part_of_config(stack)), _geometry(c, stack)
-        (config, g), base, words = configs[stack], m.kind, name.split(".")
-        inside = _ATTENTION & set(words[-4:])
-        if base == "relative_attention_bias": m = m._replace(layer=None)      # T5: a table of buckets, not a map
-        elif two and not tower and m.layer is not None and not words[-3].isdigit(): m = m._replace(kind=f"{words[-3]}.{base}")
-        m = m._replace(stack=stack)
-        if len(e.shape) == 3:
-            if base not in _EXPERTS_UP or not (("experts" in words) or base.endswith("_linear")): continue
-            parts, why = _split_experts(m._replace(shape=e.shape), base, config, g)
-            found += parts
-            if why: unread.append(f"{name} ({why})")
-            continue
-        turned = config.get("model_type") in _CONV1D and m.layer is not None
-        m = m._replace(shape=e.shape[::-1] if turned else e.shape, transposed=turned)
-        if base in _QKV: found += _split_qkv(m, base, config, g, heads)
-        elif base in _GATE_UP and m.shape[0] % 2 == 0 and config.get("model_type") in _GATE_UP[base]: found += _split_gate_up(m)
-        elif base in _GATE_UP and base != "Wi":
-            found.append(m._replace(note=f"the layout of {base} in model_type {config.get('model_type')!r} is not known"))
-        elif heads and inside and base in _HEADS: found += _split_heads(m, _HEADS[base], g)
-        else: found.append(m)
+        parts, why = self._of_tensor(m._replace(stack=stack), e.shape, two, heads, *configs[stack])
+        found += parts
+        if why: unread.append(f"{name} ({why})")
     order = {s: i for i, s in enumerate(["", "encoder", "decoder"])}
     if len({m.stack for m in found if m.layer is not None}) == 1: found = [m._replace(stack="") for m in found]
     self._listed[heads] = sorted(found, key=lambda m: (m.layer is None, order.get(m.stack, 3), m.stack, m.layer or 0)), unread

@@ -491,6 +491,7 @@ def _job(target, donor, method, layers, kinds, cache, certify, **options):
     for m in job.matrices: chosen_ranks(min(m.shape), **job.ranks())
     return job, notes
 
+# %% ../nbs/05_recovery.ipynb #641803c9
 class _Edited(NamedTuple):
     "What an edit makes of one matrix."
     before: Tensor      # (m, n) as the checkpoint reads
@@ -687,6 +688,7 @@ def _lora_part(job, m, rank, dtype):
     row = _certified(job, m, e._replace(after=(e.before.double() + B @ A).to(e.before.dtype)))[1]
     return row | dict(lora_rank=B.shape[1], lora_edit=size, lora_error=lost / size if size else 0.0), B, A
 
+# %% ../nbs/05_recovery.ipynb #15d176d7
 def _write_adapter(part, job, layers, kinds, notes, progress, dtype, rank):
     if job.method == "reset":
         raise ValueError("reset replaces norms and biases too, which an adapter cannot hold: use method='interpolate', alpha=1.0 with layers=")
@@ -725,6 +727,7 @@ METHOD_STYLES = {"uv": ("#D55E00", "s", "UV merge (paper)"), "anchored": ("#0072
                  "interpolate_to_norm": ("#000000", "x", "interpolation, equal edit"), "random": ("#999999", "d", "noise, equal edit"),
                  "sigma_only": ("#F0E442", "*", "σ only"), "reset": ("#009E73", "D", "layer reset")}
 
+# %% ../nbs/05_recovery.ipynb #38651047
 def _share(x): return f"{x:.0%}" if isinstance(x, float) else f"{x}"
 
 def plot_recovery(

@@ -37,6 +37,7 @@ def _steps(r, ks, band):
         found.append((k, asked, _taken(r, _bands(r, **asked))))
     return found
 
+# %% ../nbs/05a_sweep.ipynb #21c05749
 class _Ladder:
     "What the steps of an isospectral sweep share, for the largest set of columns, in the order in which they join."
     def __init__(self, W, t, d, order, dtype):
@@ -149,6 +150,7 @@ def _sweep_rows(job, m, ks, band):
 
 def _folder_size(c): return sum(f.stat().st_size for f in {e.file for e in c.entries.values()})
 
+# %% ../nbs/05a_sweep.ipynb #d1291efc
 def sweep(
     target,             # `Checkpoint` or path: what is repaired; it is only read
     donor,              # `Checkpoint` or path: where directions come from
@@ -176,6 +178,7 @@ def sweep(
             return _swept_folders(job, ks, band, whole, progress, Path(d), layers, kinds, notes, score, matrices)
     with _new_folder(out) as part: return _swept_folders(job, ks, band, whole, progress, part, layers, kinds, notes, score, matrices)
 
+# %% ../nbs/05a_sweep.ipynb #aa52673c
 def _swept_folders(job, ks, band, whole, progress, part, layers, kinds, notes, score, matrices):
     need, free = len(ks) * _folder_size(job.target), shutil.disk_usage(part).free
     if need > free:
@@ -189,6 +192,7 @@ def _swept_folders(job, ks, band, whole, progress, part, layers, kinds, notes, s
     table.to_csv(part / "sweep.csv", index=False)
     return (table, rows) if matrices else table
 
+# %% ../nbs/05a_sweep.ipynb #50df4b05
 def _swept(job, ks, band, whole, progress, folders, matrices):
     found = []
     for m in tqdm(job.matrices, **_bar(job, progress)):
@@ -245,12 +249,14 @@ class SearchResult(NamedTuple):
 
 class _Spent(Exception): "The budget is used up."
 
+# %% ../nbs/05a_sweep.ipynb #571f88ce
 def _score_name(score): return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__qualname__)}"
 
 def _nameless(score):
     "Whether two scores that differ may have the name of this one: lambdas, functions inside functions, objects."
     return any(x in getattr(score, "__qualname__", "<locals>") for x in ("<lambda>", "<locals>"))
 
+# %% ../nbs/05a_sweep.ipynb #8621eb73
 class _Scores:
     "Scores candidates, each once, and remembers them on disk."
     def __init__(self, job, score, goal, out, budget, progress, name=None):
@@ -342,6 +348,7 @@ def _walk(scores, steps, bands, layers, kinds, slack):
         b = _smallest(bands, lambda x: at(j, x, l, k))
         if j > least: _bisect(0, j, lambda i: at(i, b, l, k))
 
+# %% ../nbs/05a_sweep.ipynb #ffa85868
 def search(
     target,               # `Checkpoint` or path: what is repaired; it is only read
     donor,                # `Checkpoint` or path: where directions come from
@@ -388,6 +395,7 @@ def search(
     finally: scores.bar.close()
     return _result(scores, spent)
 
+# %% ../nbs/05a_sweep.ipynb #32eb8626
 def _result(scores, spent):
     "Writes the best candidate again, checks that it is the one that was scored, and sums up."
     best, out = scores.best, scores.out

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from made import weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import checkpoint as module
