@@ -496,7 +496,7 @@ def two_way(
         return len(sums) / max(1, len(sums) - 1) * sums.T @ sums
     seeds, hands, cells = clustered("seed"), clustered("hand"), clustered("seed", "hand")
     V = seeds + hands - cells
-    if np.linalg.eigvalsh(V - seeds).min() < 0: V = seeds + hands            # the difference of estimates can fail to be one
+    if np.linalg.eigvalsh(V - seeds).min() < -1e-9 * np.trace(V): V = seeds + hands      # the difference of estimates can fail to be a covariance
     return x.mean(0), V, rows.seed.nunique()
 
 def contrast(rows, column, level=0.95):
