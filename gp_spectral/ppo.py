@@ -150,6 +150,7 @@ class ValueHead(nn.Sequential):
             for p in self.parameters(): nn.init.zeros_(p)
     def forward(self, hidden): return super().forward(hidden.to(self[0].weight.dtype)).squeeze(-1).float()
 
+# %% ../nbs/02_ppo.ipynb #43f69b07
 class ActorCritic(nn.Module):
     "A causal language model and a value function: a head on the model's last hidden state, or on that of a second transformer."
     def __init__(self, model, head="linear"):
@@ -193,6 +194,7 @@ class ActorCritic(nn.Module):
         place = lambda x: torch.zeros(ids.shape, device=ids.device).masked_scatter(chosen, x)
         return place(logp), place(self.value_head(hidden[before])), place(entropy)
 
+# %% ../nbs/02_ppo.ipynb #eec5dc08
 def score(net, batch, temperature=1.0, microbatch=96):
     "Log-probabilities and values of a rollout, (B, T) each, without gradients; episodes of like length together."
     logp = torch.zeros(batch.ids.shape, device=batch.ids.device); values = torch.zeros_like(logp)
@@ -225,6 +227,7 @@ def _chained_gae(rewards, values, starts, solved, gamma, lam):
         advantages[row[k], at[k]], next_value = carry, v[k]
     return advantages, torch.where(starts, advantages + values, 0.0)
 
+# %% ../nbs/02_ppo.ipynb #6309acc1
 def compute_gae(
     rewards,       # (B, T), on the last token of each turn
     values,        # (B, T), of the state before each token
@@ -250,6 +253,7 @@ def compute_gae(
         carry, next_value = torch.where(act, new, carry), torch.where(act, values[:, t], next_value)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
+# %% ../nbs/02_ppo.ipynb #cb8f3801
 def penalised(
     rewards,          # (B, T)
     logp, ref_logp,   # (B, T) log-probabilities when sampled, of the policy and of the reference

@@ -59,6 +59,7 @@ def _causal_class(path):
     named = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
     return named if named is not None and type(AutoConfig.from_pretrained(path)).__name__.endswith("TextConfig") else AutoModelForCausalLM
 
+# %% ../nbs/01_sft.ipynb #3ab0e826
 def _load_tokenizer(path):
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.chat_template is None: raise ValueError(f"the tokenizer in {path} has no chat template: use an instruction-tuned checkpoint, or set one")
@@ -78,6 +79,7 @@ def _not_finite(model):
     "Name of a parameter that holds NaN or infinite values, None if there is none; of sharded ones this process's pieces."
     return next((n for n, p in model.named_parameters() if not torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all()), None)
 
+# %% ../nbs/01_sft.ipynb #c59243b5
 def load_model(
     checkpoint,    # a folder, 'tiny' or 'smollm2'
     dtype="auto",  # torch dtype of the weights; 'auto' keeps the checkpoint's
@@ -148,6 +150,7 @@ def _merged_state(model, state):
         if "lora_" not in name: merged.setdefault(name.replace(".base_layer", ""), value)
     return base, {k: v.detach().clone() for k, v in merged.items()}
 
+# %% ../nbs/01_sft.ipynb #710d0b63
 def _diverged(name, what):
     return FloatingPointError(f"{name} holds NaN or infinite values, {what} is not written: the training diverged; lower the learning rate")
 
@@ -417,6 +420,7 @@ def curve_steps(
     "Steps at which to look: closer together at the start, where the peak of the untrained rule is."
     return sorted({max(1, round(steps * (i / points) ** 1.5)) for i in range(1, points + 1)})
 
+# %% ../nbs/01_sft.ipynb #0f5f60ad
 class _Curve(TrainerCallback):
     "Saves and measures at chosen steps, keeps the log, and stops on a loss or a weight that is no number."
     def __init__(self, out, tokenizer, at, measure, save_every, settings, known):

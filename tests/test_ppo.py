@@ -200,7 +200,7 @@ BUGS = {
     "the learning rate stays where it is": (ppo, "_set_rates", 'group["lr"] = ', "pass #", "rates"),
     "the learning rate goes by rounds": (ppo, "_update", "steps + len(norms)", "e.round", "rates"),
     "no stop at the approximate KL": (ppo, "_update", "config.target_kl and", "False and", "rates"),
-    "the wrong sign": (ppo, "ppo_loss", "-torch.where(acts, surrogate, 0.0)", "torch.where(acts, surrogate, 0.0)", "learns"),
+    "the wrong sign": (ppo, "ppo_loss", "-torch.where(acts, surrogate, 0.0)", "torch.where(acts, surrogate, 0.0)", "loss"),
 }
 
 @pytest.mark.parametrize("name", BUGS)
