@@ -395,14 +395,14 @@ def edit_name(method, top=math.nan, tail=0.0, layers=""):
     return " ".join(p for p in parts if p)
 
 # %% ../nbs/06_study.ipynb #ebc7b980
-def _edited(preset, seed, named, edit, folder):
-    "(checkpoint, size of the edit) of one line of the plan; the two ends of the way are lines too."
+def _edited(seed, named, edit, folder):
+    "(checkpoint, size of the edit) of one line of the plan; the two ends of the way are lines too. What is decomposed once is kept beside `folder`."
     from gp_spectral.recovery import recover, recovery_record
     if edit["method"] == "target": return named["end"], 0.0
     if edit["method"] == "donor": return named["max_ood"], 1.0
     def repair():
         shutil.rmtree(folder, ignore_errors=True)
-        recover(named["end"], named["max_ood"], folder, **edit, seed=seed, progress=False)
+        recover(named["end"], named["max_ood"], folder, **edit, seed=seed, cache=folder.with_name("factors"), certify="quick", progress=False)
     first(repair)
     return folder, recovery_record(folder)[0]["edit_norm_all"]
 
@@ -417,14 +417,14 @@ def run_recovery(preset, seed, folder, progress=True):
         rows, answers = [], []
         plan = [dict(method="target"), dict(method="donor")] + recovery_plan(preset)
         for edit in tqdm(plan, desc="recovery", unit="edit", leave=False, disable=not progress):
-            path, norm = _edited(preset, seed, named, edit, f / "edited")
+            path, norm = _edited(seed, named, edit, f / "edited")
             loaded = load_model(path)
             for rule, task in t.items():
                 table = evaluate(loaded, task, problems=asked[rule], attempts=1, share=True)
                 row = dict(method=edit["method"], top=edit.get("top", math.nan), tail=edit.get("tail", 0.0), layers=edit.get("layers", ""))
                 answers.append(table[["problem", "hand", "solved_first"]].assign(edit=edit_name(**row), rule=rule, seed=seed))
                 rows.append(row | dict(edit_norm=norm, rule=rule, seed=seed) | {("success" if k == "rate" else k): v for k, v in success_rate(table).items()})
-        first(lambda: shutil.rmtree(f / "edited", ignore_errors=True))
+        first(lambda: [shutil.rmtree(f / x, ignore_errors=True) for x in ("edited", "factors")])
         _write(f / "recovery.parquet", _with_share(pd.DataFrame(rows)))
         _write(f / "recovery_answers.parquet", pd.concat(answers, ignore_index=True))
     return stage(folder / "recovery", _only(preset, "recovery", "tops", "band") | dict(seed=seed), [named["end"], named["max_ood"]], make)
