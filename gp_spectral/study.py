@@ -9,8 +9,8 @@ __all__ = ['PAIRS', 'NAMES', 'SUCCESS_HEAD', 'Preset', 'load_preset', 'versions'
            'ppo_config', 'start_steps', 'base_model', 'run_sft', 'run_rl', 'checkpoints', 'answer_loss', 'loss_curve',
            'run_base', 'run_evaluations', 'run_spectra', 'recovery_plan', 'edit_name', 'run_recovery', 'stage_seconds',
            'estimate', 'interval', 'verdict', 'two_way', 'contrast', 'fieller', 'claims', 'collect', 'plot_training',
-           'plot_success', 'plot_starts', 'plot_recovery_bars', 'figures', 'plot_matrix', 'claims_rows', 'success_rows',
-           'write_report', 'read_preset', 'study', 'main']
+           'plot_success', 'plot_starts', 'plot_recovery_sizes', 'plot_recovery_bars', 'figures', 'plot_matrix',
+           'claims_rows', 'success_rows', 'write_report', 'read_preset', 'study', 'main']
 
 # %% ../nbs/06_study.ipynb #674e6231
 import argparse, configparser, dataclasses, html, json, math, os, shutil, sys, time
@@ -686,7 +686,9 @@ def plot_training(tables, axes=None):
         ax.set_ylim(0, 100)
     for rule, t in tables["losses"].groupby("rule", sort=False):
         _over_seeds(axes[1], t, "loss", RULE_COLORS[rule], _LINES[rule], f"{rule}, held-out hands", 1)
-    for ax in axes[:2]: ax.axvline(end, color="0.6", lw=0.9, linestyle=":"); ax.annotate("SFT_End", (end, 1), (3, -8), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, color="0.4")
+    for ax in axes[:2]:
+        ax.axvline(end, color="0.6", lw=0.9, linestyle=":")
+        ax.annotate("SFT_End", (end, 0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, color="0.4")
     _tidy(axes[0], title="SFT on the ID rule: success", xlabel="step of SFT", ylabel="success at the first attempt (%)")
     _tidy(axes[1], title="SFT on the ID rule: loss", xlabel="step of SFT", ylabel="loss on right answers (nats per token)", ylim=(0, None))
     _tidy(axes[2], title=f"then {rl} on the ID rule, from SFT_End", xlabel=f"round of {rl}", ylabel="success at the first attempt (%)")
@@ -731,6 +733,18 @@ def plot_starts(tables, ax=None):
 _BARS = {"uv": "UV merge\n(paper)", "anchored": "anchored\nmerge", "symmetric": "symmetric\nmerge", "direct": "direct\nrotation",
          "interpolate_to_norm": "inter-\npolation*", "random": "noise*", "sigma_only": "σ only", "reset first 25%": "first 25 %\nof layers", "reset last 25%": "last 25 %\nof layers"}
 
+def plot_recovery_sizes(tables, ax=None):
+    "OOD success after an edit against the size of the edit, means and ranges over seeds; lines for the checkpoint that is edited and for the donor."
+    from gp_spectral.recovery import plot_recovery
+    rec = tables["recovery"].query("rule == 'OOD'")
+    ax = plot_recovery(rec[~rec.method.isin(["target", "donor"]) & (rec["tail"] == 0)], y="success", ax=ax)
+    for name in ("target", "donor"):
+        level = 100 * rec[rec.method == name].success.mean()
+        ax.axhline(level, color="0.5", lw=0.9, zorder=0)
+        ax.annotate(name, (1, level), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8, color="0.4")
+    ax.set_ylabel("OOD success on test hands (%)")
+    return ax
+
 def plot_recovery_bars(tables, ax=None):
     "Share of the lost OOD success that each edit gives back, at the study's band: gain over all seeds by loss over all seeds, with its 95 % interval; dots are seeds."
     import matplotlib.pyplot as plt
@@ -758,12 +772,11 @@ def figures(tables, paths=None):
     "(title, what it shows, figure) for the report; `paths`: {name: checkpoint folder} of the first seed, for the one picture that needs weights."
     import matplotlib.pyplot as plt
     from gp_spectral.angles import plot_angles
-    from gp_spectral.recovery import plot_recovery
     from gp_spectral.svd import plot_sigma_change
     first, rl = tables["evaluations"].seed.min(), tables["preset"].get("rl", "ppo").upper()
     one = lambda name: tables[name][tables[name].seed == first]
     pair = lambda t, pairs: t[[p in pairs for p in zip(t.base, t.other)]]
-    band, rec = tables["preset"]["band"], tables["recovery"]
+    band = tables["preset"]["band"]
     made = [("What training does to success, and to the loss", "Success and loss on validation hands while the model is trained on the ID rule only. Thin lines are seeds.", plot_training(tables)[0].figure),
             ("Success on test hands", "SFT_MaxOOD and SFT_End were picked on validation hands; these hands chose nothing. Dots are seeds.", plot_success(tables).figure),
             (f"{rl} from too short, right and too long an SFT", f"Each mark is a seed. {rl} sees hands of the ID rule only.", plot_starts(tables).figure),
@@ -773,7 +786,7 @@ def figures(tables, paths=None):
             ("What can be given back without training", f"Share of the lost OOD success that an edit of SFT_End gives back, {band:.0%} of the leading directions where an edit has directions. "
              "The grey strip is the claim's 70–80 %; lines are 95 % intervals over seeds and hands; * of the anchored merge's size.", plot_recovery_bars(tables).figure),
             ("… and against the size of the edit", "Numbers are the share of leading directions. Means and ranges over seeds. Interpolation of equal size is the baseline that every method has to beat.",
-             plot_recovery(rec[~rec.method.isin(["target", "donor"]) & (rec["tail"] == 0)]).figure)]
+             plot_recovery_sizes(tables).figure)]
     if paths: made.insert(3, ("One matrix: its singular values, and its angle profiles", f"Seed {first}. Left: all four checkpoints, and in grey what an untrained matrix would show. Middle and right: sorted principal "
                               f"angles of the leading {band:.0%} in SFT and in {rl}, beside those of independent random subspaces.", plot_matrix(tables, paths)))
     plt.close("all")
