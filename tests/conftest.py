@@ -34,6 +34,19 @@ def browser():
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with selenium.Chrome(options=options, service=selenium.ChromeService(driver)) as chrome: yield chrome
 
+# JupyterLab asks which kernel to use when it is told to run cells before its session is connected, whatever its indicator says.
+RUN_ALL = """
+const [seconds, done] = arguments, app = window.jupyterapp, end = Date.now() + 1000 * seconds;
+const page = () => app.shell.currentWidget, kernel = () => page()?.sessionContext?.session?.kernel;
+const run = () => app.commands.execute('notebook:run-all-cells').then(() => done('run'), e => done('not run: ' + e));
+const look = () => {
+  if (page()?.sessionContext?.isReady && kernel()?.connectionStatus == 'connected' && kernel()?.status == 'idle' && page()?.context?.isReady) run();
+  else if (Date.now() > end) done(`the kernel is ${kernel()?.status}, ${kernel()?.connectionStatus}`);
+  else setTimeout(look, 200);
+};
+look();
+"""
+
 @pytest.fixture
 def lab(browser, tmp_path):
     "`lab(notebook)` opens a copy of a notebook in JupyterLab, runs all its cells and gives the browser, its widgets ready to be used."
@@ -55,11 +68,10 @@ def lab(browser, tmp_path):
                 time.sleep(0.3)
         browser.get(f"http://127.0.0.1:{port}/doc/tree/{os.path.basename(notebook)}?token=test")
         wait = WebDriverWait(browser, seconds, ignored_exceptions=(Exception,))   # elements come and go while the page is built
-        kernel = lambda b: b.find_element(By.CSS_SELECTOR, ".jp-Notebook-ExecutionIndicator").get_attribute("data-status")
-        wait.until(lambda b: kernel(b) == "idle")
+        wait.until(lambda b: b.find_element(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"))
         browser.set_script_timeout(seconds)
-        browser.execute_async_script("const done = arguments[0]; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => done(), done)")
-        wait.until(lambda b: kernel(b) == "idle")
+        said = browser.execute_async_script(RUN_ALL, seconds)
+        assert said == "run", f"{said}; {(tmp_path / 'lab.log').read_text()[-2000:]}"
         return browser
 
     yield opened
