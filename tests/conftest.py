@@ -54,9 +54,10 @@ def lab(browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}     # which our commands, called by other tests, have set: kernels draw inline
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.token=test", f"--ServerApp.port={port}",
-                                   f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                                   f"--ServerApp.root_dir={tmp_path}", "--LabApp.expose_app_in_browser=True"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
     def opened(notebook, seconds=180):      # a kernel that imports torch on two busy cores takes its time
         shutil.copy(notebook, tmp_path)
