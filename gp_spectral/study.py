@@ -6,11 +6,11 @@ Docs: https://gp-spectral.github.io/gp_spectral/study.html.md"""
 
 # %% auto #0
 __all__ = ['PAIRS', 'NAMES', 'SUCCESS_HEAD', 'Preset', 'load_preset', 'versions', 'first', 'stage', 'tasks', 'BothRules',
-           'ppo_config', 'start_steps', 'base_model', 'run_sft', 'run_rl', 'checkpoints', 'answer_loss', 'loss_curve',
-           'run_base', 'run_evaluations', 'run_spectra', 'recovery_plan', 'edit_name', 'run_recovery', 'stage_seconds',
-           'estimate', 'interval', 'verdict', 'two_way', 'contrast', 'fieller', 'claims', 'collect', 'plot_training',
-           'plot_success', 'plot_starts', 'plot_recovery_sizes', 'plot_recovery_bars', 'figures', 'plot_matrix',
-           'claims_rows', 'success_rows', 'write_report', 'read_preset', 'study', 'main']
+           'ppo_config', 'rl_config', 'start_steps', 'base_model', 'run_sft', 'run_rl', 'checkpoints', 'answer_loss',
+           'loss_curve', 'run_base', 'run_evaluations', 'run_spectra', 'recovery_plan', 'edit_name', 'run_recovery',
+           'stage_seconds', 'estimate', 'interval', 'verdict', 'two_way', 'contrast', 'fieller', 'claims', 'collect',
+           'plot_training', 'plot_success', 'plot_starts', 'plot_recovery_sizes', 'plot_recovery_bars', 'figures',
+           'plot_matrix', 'claims_rows', 'success_rows', 'write_report', 'read_preset', 'study', 'main']
 
 # %% ../nbs/06_study.ipynb #674e6231
 import argparse, configparser, dataclasses, html, json, math, os, shutil, sys, time
@@ -227,6 +227,13 @@ def ppo_config(preset, seed):
     from gp_spectral.ppo import PPOConfig
     return _config(PPOConfig, preset, seed)
 
+def rl_config(preset, seed):
+    "The settings of the preset's RL, whichever it is; a `ValueError` names what is wrong with them."
+    if preset.rl == "ppo": return ppo_config(preset, seed)
+    if preset.rl not in ("grpo", "rloo"): raise ValueError(f"rl = {preset.rl!r}: expected ppo, grpo or rloo")
+    from gp_spectral.grpo import GRPOConfig
+    return _config(GRPOConfig, preset, seed, generations=preset.grpo_generations)
+
 def start_steps(preset):
     "The SFT steps from which RL starts. The last may lie behind SFT_End: a model that was trained too long."
     return sorted({max(1, round(share * preset.sft_steps)) for share in preset.ppo_starts})
@@ -247,9 +254,9 @@ def _rl(preset, seed, model, folder, progress=True, trackers=()):
     if preset.rl == "ppo":
         from gp_spectral.ppo import train_ppo
         return train_ppo(model, folder, t["ID"], ppo_config(preset, seed), keep=tuple(map(int, preset.ppo_keep)), **given)
-    if preset.rl not in ("grpo", "rloo"): raise ValueError(f"rl = {preset.rl!r}: expected ppo, grpo or rloo")
-    from gp_spectral.grpo import GRPOConfig, train_grpo
-    return train_grpo(model, folder, t["ID"], _config(GRPOConfig, preset, seed, generations=preset.grpo_generations), method=preset.rl, **given)
+    config = rl_config(preset, seed)
+    from gp_spectral.grpo import train_grpo
+    return train_grpo(model, folder, t["ID"], config, method=preset.rl, **given)
 
 # %% ../nbs/06_study.ipynb #093d8432
 def base_model(preset, root, progress=True):
@@ -542,11 +549,14 @@ class _Numbers:
         "Success of checkpoint a above that of b, on the same problems."
         self.add(claim, text, contrast(self.answers(rule, d=lambda x: x[a] - x[b]), "d"), 0, "share")
 
+    def gain_and_loss(self, edit):
+        "A row per seed and problem: what an edit gives back of OOD success, and what was lost."
+        if edit not in self.edits: raise ValueError(f"the recovery table has no edit {edit!r}: it has {', '.join(self.edits)}")
+        return self.edits.assign(gain=self.edits[edit] - self.edits["target"], loss=self.edits["donor"] - self.edits["target"]).reset_index()
+
     def given_back(self, claim, text, edit, threshold, side=">"):
         "Share of the OOD loss that an edit gives back: gain over all seeds by loss over all seeds."
-        if edit not in self.edits: raise ValueError(f"the recovery table has no edit {edit!r}: it has {', '.join(self.edits)}")
-        rows = self.edits.assign(gain=self.edits[edit] - self.edits["target"], loss=self.edits["donor"] - self.edits["target"]).reset_index()
-        self.add(claim, text, fieller(*two_way(rows, ["gain", "loss"])), threshold, "of the loss", side=side)
+        self.add(claim, text, fieller(*two_way(self.gain_and_loss(edit), ["gain", "loss"])), threshold, "of the loss", side=side)
 
     def edit_difference(self, claim, text, a, b):
         self.add(claim, text, contrast(self.edits.assign(d=self.edits[a] - self.edits[b]).reset_index(), "d"), 0, "share")
@@ -753,7 +763,7 @@ def plot_recovery_bars(tables, ax=None):
     for i, (key, label) in enumerate(_BARS.items()):
         method = key.split()[0]
         edit = key if method == "reset" else edit_name(method, 1.0 if method == "sigma_only" else band)
-        rows = n.edits.assign(gain=n.edits[edit] - n.edits["target"], loss=n.edits["donor"] - n.edits["target"]).reset_index()
+        rows = n.gain_and_loss(edit)
         share, low, high, _ = fieller(*two_way(rows, ["gain", "loss"]))
         seeds = rows.groupby("seed")[["gain", "loss"]].mean()
         ax.bar(i, 100 * share, color=METHOD_STYLES[method][0], width=0.7, alpha=0.75, edgecolor="0.2", linewidth=0.6)
@@ -959,7 +969,7 @@ def study(
     chosen = load_preset(preset, overrides) if isinstance(preset, str) else preset
     seeds = chosen.seeds if seeds is None else seeds
     if seeds < 1: raise ValueError(f"seeds is {seeds}: expected at least 1")
-    resolve(chosen.model); tasks(chosen); _config_of(chosen)
+    resolve(chosen.model); tasks(chosen); rl_config(chosen, 0)             # what is wrong is told before anything is trained
     root, alone = Path(out) / (name if chosen.rl == "ppo" else f"{name}-{chosen.rl}"), world().is_main_process
     progress = progress and alone
     say = print if progress else (lambda *a, **k: None)
@@ -978,13 +988,6 @@ def study(
     first(report)
     say(f"\n{_claims_text(root)}\nThe report: {root / 'report.html'}")
     return root / "report.html"
-
-def _config_of(preset):
-    "The settings of the preset's RL: a `ValueError` names what is wrong with them before anything is trained."
-    if preset.rl == "ppo": return ppo_config(preset, 0)
-    if preset.rl not in ("grpo", "rloo"): raise ValueError(f"rl = {preset.rl!r}: expected ppo, grpo or rloo")
-    from gp_spectral.grpo import GRPOConfig
-    return _config(GRPOConfig, preset, 0, generations=preset.grpo_generations)
 
 def _claims_text(root):
     import pandas as pd
