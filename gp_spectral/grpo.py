@@ -20,7 +20,7 @@ from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from .sft import check_numbers, curve_row, evaluate, finished, load_model, lora_config, prompt_ids, save_model, success_rate, task_name, world
+from .sft import check_numbers, complete, curve_row, evaluate, finished, load_model, lora_config, prompt_ids, save_model, success_rate, task_name, world
 from .sft import write_json, write_table
 
 # %% ../nbs/02b_grpo.ipynb #7ea01b5f
@@ -214,6 +214,8 @@ def _training(network, tokenizer):
         for c, name, value in kept: setattr(c, name, value)
 
 # %% ../nbs/02b_grpo.ipynb #26469e06
+_ONLY_NOW = ("resume.json", "trainer")           # what only an unfinished run needs
+
 def train_grpo(
     model,            # checkpoint folder to start from, or 'tiny'
     out,              # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.json and trainer)
@@ -236,7 +238,7 @@ def train_grpo(
     settings = dataclasses.asdict(config) | dict(method=method, model=str(model), task=task_name(task), processes=state.num_processes, eval_every=eval_every,
                                                  n_eval=n_eval, eval_tasks={rule: task_name(t) for rule, t in (eval_tasks or {}).items()})
     known = json.loads((out / "resume.json").read_text()) if (out / "resume.json").exists() else {}
-    if finished(out, settings, known.get("settings")): return _complete(out, settings)
+    if finished(out, settings, known.get("settings")): return complete(out, settings, *_ONLY_NOW)
     limit = config.max_new_tokens or getattr(task, "max_new_tokens", 512)
     arguments = _arguments(config, method, out / "trainer", limit, state.num_processes, trackers)
     problems = training_problems(task, config)
@@ -266,12 +268,4 @@ def train_grpo(
             raise _diverged(f"the probabilities are no numbers in round {len(rounds.log) + 1}", out) from e
     save_model(trainer.model, tokenizer, out / "checkpoint")
     if state.is_main_process: write_table(rounds.curve, out / "curve.parquet")
-    return _complete(out, settings)
-
-def _complete(out, settings):
-    "Marks a run as complete, removes what only an unfinished one needs, and gives the curve."
-    if world().is_main_process:
-        if not (out / "settings.json").exists(): write_json(settings, out / "settings.json")
-        (out / "resume.json").unlink(missing_ok=True); shutil.rmtree(out / "trainer", ignore_errors=True)
-    world().wait_for_everyone()
-    return pd.read_parquet(out / "curve.parquet")
+    return complete(out, settings, *_ONLY_NOW)

@@ -20,8 +20,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 
-from .sft import check_numbers, curve_row, evaluate, finished, full_state, generate, inference, is_sharded, load_model, lora_config, play
-from .sft import refuse_diverged, save_model, task_name, world, write_json, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
+from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, generate, inference, is_sharded, load_model, lora_config, play
+from .sft import refuse_diverged, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
 @dataclass
@@ -529,12 +529,6 @@ def _settings(config, model, task, eval_tasks, accelerator, **more):
                                               processes=accelerator.num_processes if cut else "any") | more
     return {k: v for k, v in asked.items() if k != "save_every"}
 
-def _complete(out, settings):
-    "Marks a run as complete, and removes what only an unfinished one needs."
-    if not (out / "settings.json").exists(): write_json(settings, out / "settings.json")
-    (out / "resume.pt").unlink(missing_ok=True)
-    for folder in out.glob("deepspeed-*"): shutil.rmtree(folder, ignore_errors=True)
-
 # %% ../nbs/02_ppo.ipynb #8df8a79d
 def _open(model, config, device):
     "(actor-critic, tokenizer) of a checkpoint as a config wants it."
@@ -641,9 +635,7 @@ def train_ppo(
         _save_policy(bare, tokenizer, out / "checkpoint")
         if main: write_table(run["curve"], out / "curve.parquet")
         if trackers: accelerator.end_training()
-    if main: _complete(out, settings)
-    accelerator.wait_for_everyone()
-    return pd.read_parquet(out / "curve.parquet")
+    return complete(out, settings, "resume.pt", "deepspeed-*")
 
 # %% ../nbs/02_ppo.ipynb #a5173be5
 class VLLMSampler:

@@ -8,7 +8,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/sft.html.md"""
 __all__ = ['TINY', 'RULE_COLORS', 'resolve', 'load_model', 'world', 'end_world', 'is_sharded', 'inference', 'full_state',
            'refuse_diverged', 'save_model', 'Turn', 'Episode', 'prompt_ids', 'retry_ids', 'generate', 'play',
            'evaluate', 'success_rate', 'summary', 'sft_dataset', 'write_table', 'write_json', 'task_name', 'finished',
-           'curve_row', 'curve_steps', 'lora_config', 'check_numbers', 'train_sft', 'pick', 'plot_curve']
+           'complete', 'curve_row', 'curve_steps', 'lora_config', 'check_numbers', 'train_sft', 'pick', 'plot_curve']
 
 # %% ../nbs/01_sft.ipynb #55b64304
 import inspect, json, math, os, shutil, warnings
@@ -408,6 +408,20 @@ def finished(
     if left: raise ValueError(f"{out} holds {left[0].name} of a run that has left no settings: choose another folder, or delete it")
     return done is not None
 
+def complete(
+    out,        # folder of a training
+    settings,   # its settings, written last of all
+    *only_now,  # patterns of what only an unfinished run needs
+) -> pd.DataFrame:
+    "Marks a run as complete and gives its curve. All processes call it: what the last of them may still read is removed only when it has come."
+    world().wait_for_everyone()
+    if world().is_main_process:
+        if not (Path(out) / "settings.json").exists(): write_json(settings, Path(out) / "settings.json")
+        for left in [x for pattern in only_now for x in Path(out).glob(pattern)]:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+    world().wait_for_everyone()
+    return pd.read_parquet(Path(out) / "curve.parquet")
+
 # %% ../nbs/01_sft.ipynb #2325d607
 def curve_row(table, **where):
     "A row of a curve, from the rows of `evaluate`: success with its interval, the share of answers of a wrong form, and that of the other rule's."
@@ -575,10 +589,8 @@ def train_sft(
                               out / "trainer")
         if "tensorboard" in trackers: os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
         _run_trl(network, tokenizer, data, args, curve, lora, progress, known and known["checkpoint"])
-        if world().is_main_process: write_json(pick(pd.DataFrame(curve.rows)), out / "picked.json"); write_json(settings, out / "settings.json")
-    if world().is_main_process: (out / "resume.json").unlink(missing_ok=True); shutil.rmtree(out / "trainer", ignore_errors=True)     # no longer needed
-    world().wait_for_everyone()
-    return pd.read_parquet(out / "curve.parquet")
+        if world().is_main_process: write_json(pick(pd.DataFrame(curve.rows)), out / "picked.json")
+    return complete(out, settings, "resume.json", "trainer")
 
 _SFT_SETTINGS = set(inspect.signature(train_sft).parameters) - {"out", "progress", "trackers", "task", "eval_tasks"}
 

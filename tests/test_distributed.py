@@ -41,6 +41,14 @@ if "sharded" in what:
     assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16} and {p.dtype for p in net.value_head.parameters()} == {torch.float32}
     assert all(p.abs().sum().full_tensor() > 0 for p in net.value_head.parameters())
 elif "sft" in what:
+    import os, time
+    from transformers import trainer
+    last = trainer.sort_checkpoints
+    def late(output_dir, **kwargs):                             # the second process ends its training later than the first, and still looks there
+        time.sleep(2 * sft.world().process_index)
+        assert os.path.isdir(output_dir), "removed while a process was at work in it"
+        return last(output_dir=output_dir, **kwargs)
+    trainer.sort_checkpoints = late
     sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
 else:
     train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **eval(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
