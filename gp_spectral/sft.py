@@ -440,7 +440,6 @@ class _Curve(TrainerCallback):
     def __init__(self, out, tokenizer, at, measure, save_every, settings, known):
         self.out, self.tokenizer, self.at, self.measure, self.save_every, self.settings = out, tokenizer, set(at), measure, save_every, settings
         self.rows, self.log = known["rows"], known["log"]
-        self.tokens = self.log[-1]["tokens"] if self.log else 0        # TRL counts from 0 again when it goes on
     def record(self, model, step):
         save_model(model, self.tokenizer, self.out / f"step-{step:05d}")
         loss = self.log[-1]["loss"] if self.log else math.nan
@@ -462,7 +461,7 @@ class _Curve(TrainerCallback):
         step, loss = state.global_step, logs["loss"]
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate; the last good checkpoint is in {self.out}")
-        self.log.append(dict(step=step, loss=loss, grad_norm=logs.get("grad_norm"), lr=logs.get("learning_rate"), tokens=self.tokens + logs["num_tokens"]))
+        self.log.append(dict(step=step, loss=loss, grad_norm=logs.get("grad_norm"), lr=logs.get("learning_rate"), tokens=logs["num_input_tokens_seen"]))
         if world().is_main_process: write_table(self.log, self.out / "log.parquet")
         if step in self.at: self.record(model, step)
         elif control.should_save: refuse_diverged(model, f"the state of step {step}")
@@ -506,7 +505,7 @@ def _sft_arguments(steps, micro, accumulate, lr, warmup, seed, precision, gradie
             lr_scheduler_type="constant_with_warmup", warmup_steps=min(warmup, steps // 2), weight_decay=0.0, seed=seed, use_cpu=not cuda,
             bf16=precision == "bf16", fp16=precision == "fp16", gradient_checkpointing=gradient_checkpointing, packing=False, max_length=None,
             dataloader_drop_last=drop_last, dataloader_num_workers=0, ddp_find_unused_parameters=False, logging_steps=5, logging_nan_inf_filter=False,
-            save_strategy="no", save_total_limit=2, report_to=list(trackers) or "none", disable_tqdm=True)
+            save_strategy="no", save_total_limit=2, include_num_input_tokens_seen="non_padding", report_to=list(trackers) or "none", disable_tqdm=True)
 
 # %% ../nbs/01_sft.ipynb #db354fed
 def _check_sft(s):
@@ -532,14 +531,29 @@ def _measure_sft(tokenizer, task, seen, eval_tasks, n_eval):
             yield curve_row(evaluate((network, tokenizer), t, kind, problems=problems, attempts=1, share=True), rule=rule, set=kind)
     return measure
 
+class _AnswerLoss:
+    "For TRL's trainer where there is no GPU: its loss kernel would there put every token of the prompt through the head too, and most of it twice."
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        answer = labels[:, int((labels != -100).any(0).nonzero()[0]):]                    # from where the first answer of the batch begins
+        outputs = model(**inputs, use_cache=False, logits_to_keep=answer.shape[1] + 1)
+        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), answer.flatten(), reduction="sum") / num_items_in_batch
+        loss = loss * self.accelerator.num_processes                                      # the count is that of all processes, whose gradients are averaged
+        return (loss, outputs) if return_outputs else loss
+
+def _trainer_class(network):
+    "TRL's trainer, its loss as it comes or ours; the two differ by rounding."
+    from trl import SFTTrainer
+    plain = "logits_to_keep" in inspect.signature(network.forward).parameters and not getattr(network.config, "output_router_logits", False)
+    return type("SFTTrainer", (_AnswerLoss, SFTTrainer), {}) if plain and not torch.cuda.is_available() else SFTTrainer
+
 def _run_trl(network, tokenizer, data, args, curve, lora, progress, checkpoint):
     "TRL's trainer with our callbacks, from the beginning or from a state that was kept."
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
-    from trl import SFTTrainer
     disable_progress_bars()
-    adapter = lora_config(lora) if lora else None
     with _no_outlook():
-        trainer = SFTTrainer(model=network, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[curve], peft_config=adapter)
+        trainer = _trainer_class(network)(model=network, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[curve],
+                                          peft_config=lora_config(lora) if lora else None)
     enable_progress_bars()
     for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
     if progress and world().is_main_process: trainer.add_callback(_Bar("SFT"))

@@ -1,7 +1,7 @@
 "Loading, saving and training: what goes wrong must say so."
 import json, math, shutil
 from pathlib import Path
-import pytest, torch
+import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo, whiten
@@ -94,6 +94,22 @@ def test_microbatches_change_nothing(tmp_path):
     a, b = (load_file(tmp_path / n / "checkpoint/model.safetensors") for n in ("whole", "pieces"))
     base = load_file(TINY / "model.safetensors")
     for k in a: assert (a[k] - b[k]).norm() <= 2e-2 * (a[k] - base[k]).norm() + 1e-7, k
+
+@pytest.mark.parametrize("options", [{}, dict(microbatch=4), dict(lora=4)])
+def test_the_loss_is_trls(tmp_path, monkeypatch, options):
+    "On CPUs the logits of the prompts are not made; the steps are those of TRL's own loss, and the tokens that it counts."
+    import trl, gp_spectral.sft as sft
+    def steps(name):
+        train_sft("tiny", tmp_path / name, ID, steps=4, batch_size=8, warmup=2, examples=40, points=1, n_eval=2, lr=1e-4, progress=False, **options)
+        return load_file(tmp_path / name / "step-00004" / "model.safetensors"), pd.read_parquet(tmp_path / name / "log.parquet")
+    (ours, log), asked = steps("ours"), []
+    monkeypatch.setattr(sft, "_trainer_class", lambda network: asked.append(1) or trl.SFTTrainer)
+    theirs, known = steps("theirs")
+    assert asked and log.tokens.equals(known.tokens)
+    start = load_file(TINY / "model.safetensors")
+    moved = max(float((start[k] - theirs[k]).abs().max()) for k in start)
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 0.01 * moved
+    pd.testing.assert_frame_equal(log, known, rtol=1e-4)
 
 def test_whitening():
     x, mask = torch.tensor([[1., 2, 3, 99]]), torch.tensor([[True, True, True, False]])
