@@ -100,9 +100,8 @@ def random_angles(
     g, found = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         B = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0]
-        cos, sin = torch.linalg.svdvals(B[:k]).clamp(max=1), torch.zeros(k, dtype=torch.float64)
-        if k < n: low = torch.linalg.svdvals(B[k:]).clamp(max=1); sin[:len(low)] = low
-        found.append(torch.where(cos.square() >= 0.5, torch.asin(sin.flip(0)), torch.acos(cos)).numpy())
+        angles = torch.acos(torch.linalg.svdvals(B[:k]).clamp(max=1)); angles[:forced_zeros(n, k)] = 0
+        found.append(angles.numpy())
     found = np.stack(found); found.setflags(write=False)
     return found
 
@@ -131,7 +130,7 @@ def floor_angles(
     i, j, top = s[band], s[~band, None], float(s[0]) or 1.0
     gaps = ((i - j) / top).abs().float()                                       # differences in float64, the rest is a random draw
     a, b = (i / top).float(), (j / top).float()
-    e = torch.hypot(a, b).div_(a + b).div_(gaps).mul_(std / top).nan_to_num_(1e6, 1e6).clamp_(max=1e6).mul_(_noise(len(j), len(i)))
+    e = (a * a + b * b).sqrt_().div_(a + b).div_(gaps).mul_(std / top).nan_to_num_(1e6, 1e6).clamp_(max=1e6).mul_(_noise(len(j), len(i)))
     tangents = (e.square().mul_(4).add_(1).sqrt_().add_(1).reciprocal_().mul_(e).mul_(2)).double()   # tan(atan(2e) / 2)
     inside, unused = _gram(tangents), (std / i.clamp(min=1e-300)).square().clamp(max=1e12)
     angles = {d: torch.atan(torch.linalg.eigvalsh(inside + torch.diag(unused * d)).clamp(min=0).sqrt()) for d in set(np.atleast_1d(outside).tolist())}
@@ -263,7 +262,7 @@ def _known(c, m, W, work, slices, cache, device):
     X, V = (W if W.shape[0] >= W.shape[1] else W.T).to(device, work), V.to(device, work)
     taken = torch.zeros(len(s), dtype=torch.bool)
     for ranks in slices.values(): taken[ranks] = True
-    at, U = (taken.cumsum(0) - 1).tolist(), _long_side(X, V[:, taken], s[taken].to(device))
+    at, U = (taken.cumsum(0) - 1).tolist(), _long_side(X, V.T[taken].T, s[taken].to(device))                   # V lies vector by vector
     long = {b: U[:, at[x.start]:at[x.stop - 1] + 1] for b, x in slices.items()}
     return _Known(X, V, s, rounding_std(s, W.shape, _floor_dtype(c, m, W)), {b: V[:, x] for b, x in slices.items()}, long)
 

@@ -105,12 +105,12 @@ def _matrix(W, dtype=torch.float64, device="cpu"):
     if not W.is_floating_point(): W = W.double()
     return W.detach().to(device, dtype)
 
-def _signed(V): return V * torch.sign(V.gather(0, V.abs().argmax(0, keepdim=True)))
+def _signed(V): return V * torch.where(V.amax(0) >= -V.amin(0), 1.0, -1.0).to(V)      # the largest component is positive
 
 def _short_side(W, driver="gram"):
     "(short side's vectors as columns (r, r), s (r,)) of a float64 matrix."
-    if W.shape[0] < W.shape[1]: W = W.T
     ends, scale = [float(x) for x in torch.aminmax(W)], 1.0              # NaN comes through both
+    if W.shape[0] < W.shape[1]: W = W.T
     if not np.isfinite(ends).all(): raise ValueError("the matrix holds NaN or infinite values: it cannot be decomposed")
     largest = max(map(abs, ends))
     if largest and not 1e-100 < largest < 1e100:                        # its square would overflow or vanish
