@@ -452,11 +452,13 @@ def _speeds(preset):
     t, few = tasks(preset)["ID"], 8
     def timed(action): begun = time.perf_counter(); found = action(); return time.perf_counter() - begun, found
     seconds, _ = timed(lambda: play(model, tokenizer, t, t.problems("train", few)))
-    many = int(min(256, max(few, few * 4 / seconds)))                       # a quick model can be measured better
+    many = int(min(256, max(4 * few, few * 4 / seconds)))                   # a quick model can be measured better; a batch costs less for each than a few do
     seconds, episodes = timed(lambda: play(model, tokenizer, t, t.problems("train", many)))
-    rows = [e.ids for e in episodes[:max(2, many // 8)]]
+    rows = [e.ids for e in episodes[:max(few, many // 8)]]
     ids = torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows], device=model.device)
-    return seconds / many, 1.3 * timed(lambda: model(input_ids=ids, labels=ids).loss.backward())[0] / len(rows)      # 1.3: optimizer, data, log
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=preset.precision == "bf16"):
+        example = timed(lambda: model(input_ids=ids, labels=ids).loss.backward())[0] / len(rows)
+    return seconds / many, 1.3 * example                                    # 1.3: optimizer, data, log
 
 def stage_seconds(preset, answer, example):
     "{stage: seconds for one seed} from the seconds for an answer and for a training example."
