@@ -269,6 +269,7 @@ def base_model(preset, root, progress=True):
                   lr=preset.teach_lr, warmup=preset.sft_warmup, examples=preset.teach_examples, points=3, n_eval=preset.curve_problems, progress=progress,
                   precision=preset.precision, gradient_checkpointing=preset.gradient_checkpointing)
     asked = _only(preset, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch")
+    del asked["lora"], asked["dtype"]                                       # all weights are taught, in float32
     return stage(root / "taught", asked, [resolve(preset.model)], make) / f"step-{preset.teach_steps:05d}"
 
 def run_sft(preset, seed, folder, progress=True, trackers=()):
