@@ -214,8 +214,6 @@ def _training(network, tokenizer):
         for c, name, value in kept: setattr(c, name, value)
 
 # %% ../nbs/02b_grpo.ipynb #26469e06
-_ONLY_NOW = ("resume.json", "trainer")           # what only an unfinished run needs
-
 def train_grpo(
     model,            # checkpoint folder to start from, or 'tiny'
     out,              # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.json and trainer)
@@ -238,7 +236,8 @@ def train_grpo(
     settings = dataclasses.asdict(config) | dict(method=method, model=str(model), task=task_name(task), processes=state.num_processes, eval_every=eval_every,
                                                  n_eval=n_eval, eval_tasks={rule: task_name(t) for rule, t in (eval_tasks or {}).items()})
     known = json.loads((out / "resume.json").read_text()) if (out / "resume.json").exists() else {}
-    if finished(out, settings, known.get("settings")): return complete(out, settings, *_ONLY_NOW)
+    def end(): return complete(out, settings, "resume.json", "trainer")
+    if finished(out, settings, known.get("settings")): return end()
     limit = config.max_new_tokens or getattr(task, "max_new_tokens", 512)
     arguments = _arguments(config, method, out / "trainer", limit, state.num_processes, trackers)
     problems = training_problems(task, config)
@@ -268,4 +267,4 @@ def train_grpo(
             raise _diverged(f"the probabilities are no numbers in round {len(rounds.log) + 1}", out) from e
     save_model(trainer.model, tokenizer, out / "checkpoint")
     if state.is_main_process: write_table(rounds.curve, out / "curve.parquet")
-    return complete(out, settings, *_ONLY_NOW)
+    return end()

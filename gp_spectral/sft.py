@@ -11,7 +11,7 @@ __all__ = ['TINY', 'RULE_COLORS', 'resolve', 'load_model', 'world', 'end_world',
            'complete', 'curve_row', 'curve_steps', 'lora_config', 'check_numbers', 'train_sft', 'pick', 'plot_curve']
 
 # %% ../nbs/01_sft.ipynb #55b64304
-import inspect, json, math, os, shutil, warnings
+import gc, inspect, json, math, os, shutil, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -107,6 +107,7 @@ def world():
 
 def end_world():
     "The last thing that a program of several processes does: without it the interpreter's end may tear threads of the process group apart (SIGABRT)."
+    gc.collect()                                                # what holds a process group in a cycle of references goes before the group does
     if world().num_processes > 1: world().wait_for_everyone(); world().destroy_process_group()
 
 def _fsdp(model):
@@ -535,10 +536,10 @@ class _AnswerLoss:
     "For TRL's trainer where there is no GPU: its loss kernel would there put every token of the prompt through the head too, and most of it twice."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
-        answer = labels[:, int((labels != -100).any(0).nonzero()[0]):]                    # from where the first answer of the batch begins
+        answer = labels[:, max(1, int((labels != -100).any(0).int().argmax())):]          # from where the first answer of the batch begins
         outputs = model(**inputs, use_cache=False, logits_to_keep=answer.shape[1] + 1)
-        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), answer.flatten(), reduction="sum") / num_items_in_batch
-        loss = loss * self.accelerator.num_processes                                      # the count is that of all processes, whose gradients are averaged
+        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), answer.flatten(), reduction="sum")
+        loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes     # the count is that of all processes, whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
 def _trainer_class(network):

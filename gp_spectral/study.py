@@ -210,11 +210,12 @@ class BothRules:
 
 # %% ../nbs/06_study.ipynb #b63c0f7f
 _MODEL = ("lora", "dtype", "precision", "gradient_checkpointing")
+_TEACHING = ("precision", "gradient_checkpointing")                         # all weights are taught, in float32
 _GAME = ("model", "id_rule", "ood_rule", "cards", "target", "style", "max_new_tokens")
 
-def _only(preset, *starts):
+def _only(preset, *starts, model=_MODEL):
     "What a stage depends on: the game, the model, and the settings whose names begin so."
-    return {k: v for k, v in dataclasses.asdict(preset).items() if k.startswith(starts) or k in (*_GAME, *_MODEL)}
+    return {k: v for k, v in dataclasses.asdict(preset).items() if k.startswith(starts) or k in (*_GAME, *model)}
 
 def _config(kind, preset, seed, **more):
     "A dataclass of settings, from the preset's fields of the same names."
@@ -267,9 +268,8 @@ def base_model(preset, root, progress=True):
     def make(f):
         train_sft(preset.model, f, BothRules(t), t, steps=preset.teach_steps, batch_size=preset.sft_batch, microbatch=preset.sft_microbatch or None,
                   lr=preset.teach_lr, warmup=preset.sft_warmup, examples=preset.teach_examples, points=3, n_eval=preset.curve_problems, progress=progress,
-                  precision=preset.precision, gradient_checkpointing=preset.gradient_checkpointing)
-    asked = _only(preset, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch")
-    del asked["lora"], asked["dtype"]                                       # all weights are taught, in float32
+                  **{k: getattr(preset, k) for k in _TEACHING})
+    asked = _only(preset, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TEACHING)
     return stage(root / "taught", asked, [resolve(preset.model)], make) / f"step-{preset.teach_steps:05d}"
 
 def run_sft(preset, seed, folder, progress=True, trackers=()):

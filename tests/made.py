@@ -1,9 +1,9 @@
-"Matrices and small checkpoints that the spectral tests are made of, and nothing that is tested."
+"What tests are made of, and nothing that is tested: matrices, small checkpoints, a small task."
 import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gp_spectral.checkpoint import Checkpoint
 from gp_spectral.env import Feedback
@@ -11,6 +11,13 @@ from gp_spectral.env import Feedback
 
 def gaussian(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 def orthonormal(n, k, seed=0): return torch.linalg.qr(gaussian(n, k, seed=seed))[0]
+
+
+def furthest(a, b):
+    "The largest difference of any entry between two checkpoint folders."
+    a, b = (load_file(x / "model.safetensors") for x in (a, b))
+    assert set(a) == set(b)
+    return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
 def trained(m, n, seed=0):

@@ -1,7 +1,7 @@
 "Two processes and one: DDP and FSDP2 over gloo, with generation before and between the updates, which is where FSDP2 goes wrong silently."
 import os, subprocess, sys
 import pandas as pd, pytest, torch
-from safetensors.torch import load_file
+from made import furthest
 from gp_spectral.sft import TINY
 
 SCRIPT = """
@@ -19,7 +19,7 @@ if "trap" in what:                                              # passes without
     def careless(model):
         with torch.no_grad(): yield
     sft.inference = ppo.inference = careless
-if "sharded" in what:
+def sharded():                                                  # a function: its tensors are gone before the process group is
     from accelerate import Accelerator
     from torch.distributed.tensor import DTensor
     from gp_spectral.ppo import _open, _prepare, rollout, score
@@ -40,6 +40,7 @@ if "sharded" in what:
     (logp.sum() + values.sum()).backward(); optimizer.step()
     assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16} and {p.dtype for p in net.value_head.parameters()} == {torch.float32}
     assert all(p.abs().sum().full_tensor() > 0 for p in net.value_head.parameters())
+if "sharded" in what: sharded()
 elif "sft" in what:
     import os, time
     from transformers import trainer
@@ -59,16 +60,11 @@ def run(tmp_path, name, what, processes=1, fsdp=False, zero=0, **config):
     script, out = tmp_path / "run.py", tmp_path / name
     script.write_text(SCRIPT)
     start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_FSDP": "true"} if fsdp else {})
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | ({"ACCELERATE_USE_FSDP": "true"} if fsdp else {})
     if zero: env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, *start, str(script), what, str(out), str(config)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:4000]
     return out
-
-def furthest(a, b):
-    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert set(a) == set(b)
-    return max((a[k] - b[k]).abs().max().item() for k in a)
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
