@@ -20,14 +20,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, preflight
-from .svd import (_CHOSEN, SPLIT, _by_numpy, _gram, _long_side, _mm, _sides, as_cache, change_row, choose_driver, factors,
+from .svd import (_CHOSEN, SPLIT, _by_numpy, _gram, _long_side, _mm, _plain_log, _sides, as_cache, change_row, choose_driver, factors,
                              looks_untrained, one_thread, relative_change, short_factors)
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -614,7 +613,7 @@ def plot_angles(
                 ha="center", fontsize=9.5)
     if len(pairs) == 1: ax.set_title(f"{pairs[0][0]} → {pairs[0][1]}", fontsize=10)
     if table[value].min() > 0:
-        ax.set_yscale("log"); ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+        ax.set_yscale("log"); _plain_log(ax.yaxis)
     ax.set_xticks(ticks, names); ax.set(ylabel=f"{value} principal angle (degrees)")
     ax.tick_params(axis="x", length=0); ax.grid(axis="y", alpha=0.3); ax.spines[["top", "right"]].set_visible(False)
     ax.plot([], [], color="black", lw=2, label="mean over matrices")

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 
-from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, generate, inference, is_sharded, load_model, lora_config, play
+from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, load_model, lora_config, play
 from .sft import refuse_diverged, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
@@ -323,11 +323,6 @@ def my_rows(
     return filled[rank::ranks], (torch.arange(n, device=rows.device) * ranks + rank) < len(rows)
 
 # %% ../nbs/02_ppo.ipynb #35efa55f
-def _shard(net):
-    from torch.distributed.fsdp import fully_shard
-    for m in [m for m in net.modules() if type(m).__name__ in net._no_split_modules]: fully_shard(m)
-    fully_shard(net)
-
 def _accelerator(config, trackers=(), folder=None):
     world()                                                       # comes first: it says how long processes wait for each other
     precision = ("bf16" if torch.cuda.is_available() else "no") if config.precision == "auto" else config.precision
@@ -342,18 +337,18 @@ def _optimizer(net, config):
 
 def _prepare(net, config, accelerator):
     "(model as accelerate wraps it, optimizer)."
-    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true": _shard(net)
     optimizer = _optimizer(net, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage == 3: raise ValueError("train_ppo cannot play with a model that DeepSpeed's ZeRO-3 has cut up: use configs/zero2.yaml or configs/fsdp2.yaml")
         accelerator.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=config.microbatch, gradient_clipping=config.max_grad_norm)
-    if is_sharded(net): wrapped, optimizer = net, accelerator.prepare_optimizer(optimizer)
-    else: wrapped, optimizer = accelerator.prepare(net, optimizer)
-    if is_sharded(net) and hasattr(net, "unshard"):
-        from torch.distributed.fsdp import register_fsdp_forward_method
-        register_fsdp_forward_method(net, "generate")
-    return wrapped, optimizer
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2: raise ValueError("train_ppo needs FSDP2: set fsdp_version: 2, as configs/fsdp2.yaml does")
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy: plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+    prepared = accelerator.prepare(net, optimizer)
+    gather_to_generate(net)
+    return prepared
 
 def _score_together(net, batch, config, accelerator):
     "`score`, each process its share."

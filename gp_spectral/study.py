@@ -705,6 +705,7 @@ def plot_training(tables, axes=None):
     _tidy(axes[0], title="SFT on the ID rule: success", xlabel="step of SFT", ylabel="success at the first attempt (%)")
     _tidy(axes[1], title="SFT on the ID rule: loss", xlabel="step of SFT", ylabel="loss on right answers (nats per token)", ylim=(0, None))
     _tidy(axes[2], title=f"then {rl} on the ID rule, from SFT_End", xlabel=f"round of {rl}", ylabel="success at the first attempt (%)")
+    axes[2].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     for ax in axes[:2]: ax.legend(frameon=False, fontsize=8)
     return axes
 
@@ -761,6 +762,7 @@ def plot_recovery_sizes(tables, ax=None):
 def plot_recovery_bars(tables, ax=None):
     "Share of the lost OOD success that each edit gives back, at the study's band: gain over all seeds by loss over all seeds, with its 95 % interval; dots are seeds."
     import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
     from gp_spectral.recovery import METHOD_STYLES
     ax, n, band = ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1], _Numbers(tables), tables["preset"]["band"]
     for i, (key, label) in enumerate(_BARS.items()):
@@ -770,7 +772,7 @@ def plot_recovery_bars(tables, ax=None):
         share, low, high, _ = fieller(*two_way(rows, ["gain", "loss"]))
         seeds = rows.groupby("seed")[["gain", "loss"]].mean()
         ax.bar(i, 100 * share, color=METHOD_STYLES[method][0], width=0.7, alpha=0.75, edgecolor="0.2", linewidth=0.6)
-        if math.isfinite(low): ax.vlines(i, 100 * low, 100 * high, color="0.2", lw=1)
+        if math.isfinite(low): ax.vlines(i, 100 * low, 100 * high, color="0.2", lw=1, path_effects=[withStroke(linewidth=2.5, foreground="white")])    # seen on dark bars, too
         for gain, loss in seeds.to_numpy():
             if loss > 0: ax.plot(i, min(200, max(-150, 100 * gain / loss)), "o", color="black", ms=3.5, mfc="white", zorder=3)
         ax.annotate(f"{100 * share:.0f}", (i, 100 * max(share, 0)), (9, 3), textcoords="offset points", fontsize=8.5)

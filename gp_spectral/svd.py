@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from .checkpoint import (Checkpoint, CheckpointError, Entry, Matrix, as_checkpoint, describe, layer_range, preflight,
                                     read_header)
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
 import pandas as pd
 import torch
@@ -459,6 +460,8 @@ def plot_spectrum(
     return ax
 
 # %% ../nbs/03_svd.ipynb #c11e1592
+def _plain_log(axis): "Labels 1, 2, 5, 10, … on a logarithmic axis."; axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+
 def plot_sigma_change(
     table,     # from `sigma_change`, of one pair
     ax=None,
@@ -471,7 +474,7 @@ def plot_sigma_change(
         y = np.array([kinds.index(k) for k in table.kind])
         ax.plot(100 * table[column], y + (0.13 if column == "weight_change" else -0.13), linestyle="", ms=6, alpha=0.8, label=label, **style)
     ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="relative change (%)", ylim=(len(kinds) - 0.5, -0.5))
-    if (table[["mean_abs_change", "weight_change"]] > 0).all(axis=None): ax.set_xscale("log"); ax.xaxis.set_major_formatter("{x:g}")
+    if (table[["mean_abs_change", "weight_change"]] > 0).all(axis=None): ax.set_xscale("log"); _plain_log(ax.xaxis)
     ax.grid(axis="x", alpha=0.3, which="both"); ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return ax

@@ -1,19 +1,28 @@
-"Two processes and one: DDP and FSDP2 over gloo, with generation before and between the updates, which is where FSDP2 goes wrong silently."
+"Two processes and one, launched with the files in configs/: DDP, FSDP2 and DeepSpeed over gloo, with generation before and between the updates, which is where FSDP2 goes wrong silently."
 import os, subprocess, sys
+from pathlib import Path
 import pandas as pd, pytest, torch
 from made import furthest
 from gp_spectral.sft import TINY
 
 SCRIPT = """
-import sys, warnings
+import os, sys, warnings
+import torch
 warnings.filterwarnings("ignore")
 from gp_spectral import sft
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo
 ID, OOD = GeneralPoints(), GeneralPoints("faces_as_rank")
 what, out = sys.argv[1:3]
+if os.environ.get("ACCELERATE_USE_FSDP"):                       # accelerate keeps FSDP for accelerators: for it, these processors are some
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    start = AcceleratorState.__init__
+    def passing_for_gpus(self, *args, cpu=False, **kwargs):
+        if PartialState(cpu).distributed_type == DistributedType.MULTI_CPU: PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        start(self, *args, cpu=cpu, **kwargs)
+    AcceleratorState.__init__ = passing_for_gpus
 if "trap" in what:                                              # passes without gradients leave the weights gathered
-    import contextlib, torch
+    import contextlib
     from gp_spectral import ppo
     @contextlib.contextmanager
     def careless(model):
@@ -32,7 +41,6 @@ def sharded():                                                  # a function: it
     assert not whole(), f"gathered after generating: {whole()}"
     score(net, batch)
     assert not whole(), f"gathered after scoring: {whole()}"
-    import torch
     config = PPOConfig(dtype="bfloat16")                        # of which FSDP2 takes no float32 value head into one group
     net, tokenizer = _open("tiny", config, "cpu")
     optimizer = _prepare(net, config, accelerator)[1]
@@ -40,9 +48,23 @@ def sharded():                                                  # a function: it
     (logp.sum() + values.sum()).backward(); optimizer.step()
     assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16} and {p.dtype for p in net.value_head.parameters()} == {torch.float32}
     assert all(p.abs().sum().full_tensor() > 0 for p in net.value_head.parameters())
+def rounded():
+    from accelerate import Accelerator
+    from gp_spectral.ppo import _open, _prepare, rollout, score
+    accelerator, config = Accelerator(cpu=True), PPOConfig()
+    assert accelerator.mixed_precision == "bf16"
+    net, tokenizer = _open("tiny", config, "cpu")
+    optimizer = _prepare(net, config, accelerator)[1]
+    with accelerator.autocast(): batch = rollout(net, tokenizer, ID, ID.problems("train", 6), share=True)
+    logp = score(net, batch)[0][batch.mask]
+    assert logp.dtype == torch.float32 and (logp != logp.bfloat16()).any(), "rounded to 16 bits"
+    logp, values, _ = net(batch.ids, batch.attention, 1.0, batch.mask)
+    accelerator.backward(logp.sum() + values.sum()); optimizer.step()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in net.parameters() if p.grad is not None)
 if "sharded" in what: sharded()
+elif "rounded" in what: rounded()
 elif "sft" in what:
-    import os, time
+    import time
     from transformers import trainer
     last = trainer.sort_checkpoints
     def late(output_dir, **kwargs):                             # the second process ends its training later than the first, and still looks there
@@ -51,17 +73,24 @@ elif "sft" in what:
         return last(output_dir=output_dir, **kwargs)
     trainer.sort_checkpoints = late
     sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
+elif what in ("grpo", "rloo"):
+    from gp_spectral.grpo import GRPOConfig, train_grpo
+    train_grpo("tiny", out, ID, GRPOConfig(iterations=2, samples=16, minibatch=16, microbatch=8, lr=3e-5), {"OOD": OOD}, 1, 10, progress=False, method=what)
 else:
     train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **eval(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
 sft.end_world()
 """
 
-def run(tmp_path, name, what, processes=1, fsdp=False, zero=0, **config):
+slow = pytest.mark.slow
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+def run(tmp_path, name, what, how=None, processes=2, precision="no", **config):
+    "The folder that `what` wrote: in this one process, or in several as configs/`how`.yaml says."
     script, out = tmp_path / "run.py", tmp_path / name
     script.write_text(SCRIPT)
-    start = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | ({"ACCELERATE_USE_FSDP": "true"} if fsdp else {})
-    if zero: env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero), "DS_ACCELERATOR": "cpu"}
+    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{how}.yaml", f"--num_processes={processes}", f"--mixed_precision={precision}", "--main_process_port=0"]
+    start = [] if how is None else launch
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, *start, str(script), what, str(out), str(config)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:4000]
     return out
@@ -72,10 +101,10 @@ def alone(tmp_path_factory):
     made, tmp = {}, tmp_path_factory.mktemp("alone")
     return lambda what: made.setdefault(what, None) or made.update({what: run(tmp, what, what)}) or made[what]
 
-@pytest.mark.parametrize("what, processes, fsdp", [("ppo", 2, False), pytest.param("ppo", 3, False, marks=pytest.mark.slow), ("ppo", 2, True), ("ppo lora", 2, True)])
-def test_ppo_equals_one_process(tmp_path, alone, what, processes, fsdp):
+@pytest.mark.parametrize("what, how, processes", [("ppo", "ddp", 2), pytest.param("ppo", "ddp", 3, marks=slow), ("ppo", "fsdp2", 2), ("ppo lora", "fsdp2", 2)])
+def test_ppo_equals_one_process(tmp_path, alone, what, how, processes):
     "Eleven episodes of unequal length in minibatches of seven, for two or three processes: nothing divides, nothing hangs, and nothing differs."
-    one, many = alone(what), run(tmp_path, "many", what, processes, fsdp)
+    one, many = alone(what), run(tmp_path, "many", what, how, processes)
     assert furthest(one / "checkpoint", many / "checkpoint") < 1e-6 < 1e-5 < furthest(one / "checkpoint", TINY)
     a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(many / "log.parquet")
     assert (a[["reward", "success", "length", "attempts"]] == b[["reward", "success", "length", "attempts"]]).all().all()        # the same episodes, token for token
@@ -87,22 +116,37 @@ def test_deepspeed_equals_one_process(tmp_path):
     "Minibatches in pieces, clipped gradients, a rate that changes with each step: DeepSpeed steps inside `backward`, and does all that by itself."
     pytest.importorskip("deepspeed")
     same = dict(max_grad_norm=0.1, lr_end=0.0)
-    one, two = run(tmp_path, "one", "ppo", **same), run(tmp_path, "two", "ppo", 2, zero=2, **same)
+    one, two = run(tmp_path, "one", "ppo", **same), run(tmp_path, "two", "ppo", "zero2", **same)
     assert furthest(one / "checkpoint", two / "checkpoint") < 1e-6 < 1e-5 < furthest(one / "checkpoint", TINY)
     a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(two / "log.parquet")
     assert (a.grad_norm - b.grad_norm).abs().max() < 1e-5 * a.grad_norm.max() and (a.grad_norm > 0.1).all()      # the norm before clipping, which has something to do
     for name in ("lr", "optimizer_steps", "reward", "length"): assert (a[name] == b[name]).all(), name
-    with pytest.raises(AssertionError, match="ValueError: train_ppo cannot play .* ZeRO-3"): run(tmp_path, "three", "ppo", 2, zero=3)
+    with pytest.raises(AssertionError, match="ValueError: train_ppo cannot play .* ZeRO-3"): run(tmp_path, "three", "ppo", "zero3")
 
 def test_the_trap_of_fsdp2(tmp_path):
     "After a pass without gradients FSDP2 leaves the outermost weights gathered, a copy that an optimizer step does not reach; `inference` shards them again."
-    run(tmp_path, "x", "sharded", 2, True)
-    with pytest.raises(AssertionError, match="gathered after generating"): run(tmp_path, "x", "sharded trap", 2, True)
+    run(tmp_path, "x", "sharded", "fsdp2")
+    with pytest.raises(AssertionError, match="gathered after generating"): run(tmp_path, "x", "sharded trap", "fsdp2")
 
-@pytest.mark.parametrize("what", ["sft", "sft lora"])
-def test_sft_equals_one_process(tmp_path, alone, what):
-    one, two = alone(what), run(tmp_path, "two", what, 2)
+def test_fsdp2_in_16_bits_rounds_nothing_that_PPO_compares(tmp_path):
+    "accelerate's own policy casts what a model puts out, log-probabilities too, to the 16 bits it calculates in."
+    run(tmp_path, "x", "rounded", "fsdp2", precision="bf16")
+
+@pytest.mark.parametrize("what, how", [("sft", "ddp"), ("sft lora", "ddp"), ("sft", "fsdp2"), pytest.param("sft lora", "fsdp2", marks=slow), ("sft", "zero2"), ("sft", "zero3")])
+def test_sft_equals_one_process(tmp_path, alone, what, how):
+    if "zero" in how: pytest.importorskip("deepspeed")
+    one, two = alone(what), run(tmp_path, "two", what, how)
     assert furthest(one / "step-00008", two / "step-00008") < 1e-6 < 1e-5 < furthest(one / "step-00008", TINY)
     a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(two / "log.parquet")
     assert (a.grad_norm - b.grad_norm).abs().max() < 1e-6 and (a.tokens == b.tokens).all()
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(two / "curve.parquet"))
+
+@slow
+@pytest.mark.parametrize("what", ["grpo", "rloo"])
+def test_critic_free_RL_under_FSDP2_equals_DDP(tmp_path, what):
+    "Not one process: each process draws its own answers."
+    a, b = (run(tmp_path, how, what, how) for how in ("ddp", "fsdp2"))
+    assert furthest(a / "checkpoint", b / "checkpoint") < 1e-6 < 1e-5 < furthest(a / "checkpoint", TINY)
+    same = ["reward", "success", "length", "clip_fraction"]
+    pd.testing.assert_frame_equal(pd.read_parquet(a / "log.parquet")[same], pd.read_parquet(b / "log.parquet")[same])
+    pd.testing.assert_frame_equal(pd.read_parquet(a / "curve.parquet"), pd.read_parquet(b / "curve.parquet"))
