@@ -466,7 +466,8 @@ def stage_seconds(preset, answer, example):
     p, starts, steps = preset, len(preset.ppo_starts), max(preset.sft_steps, *start_steps(preset))
     points = p.sft_points + starts + len(p.sft_at) + 1
     return dict(
-        sft=example * p.sft_batch * (steps + p.teach_steps / p.seeds) + answer * 3 * p.curve_problems * points,
+        taught=example * p.sft_batch * p.teach_steps + answer * (9 * p.curve_problems if p.teach_steps else 0),      # once for all seeds
+        sft=example * p.sft_batch * steps + answer * 3 * p.curve_problems * points,
         ppo=starts * (example * p.ppo_iterations * p.ppo_samples * (p.ppo_epochs + 0.4) + answer * (p.ppo_iterations * p.ppo_samples + 10 * p.curve_problems)),
         evaluations=answer * (2 * (2 + 2 * starts) * p.test_problems + 9 * p.retry_problems * p.test_attempts) + example * points * p.curve_problems,
         spectra=answer * 2 * p.test_problems,      # not measured: about as long as asking one checkpoint
@@ -934,7 +935,7 @@ class _Progress:
         def finished(s, stage):
             if stage == "ppo": return all((root / str(s) / f"{preset.rl}-{step:05d}").exists() for step in start_steps(preset))
             return (root / str(s) / stage).exists()
-        self.all = [(s, f) for s in range(seeds) for f in _STAGES]
+        self.all = [("", "taught")] * (preset.teach_steps > 0) + [(s, f) for s in range(seeds) for f in _STAGES]
         self.left = [x for x in self.all if not finished(*x)]
 
     def start(self, preset):
@@ -954,7 +955,7 @@ class _Progress:
         seconds = sum(json.loads((p / "record.json").read_text())["seconds"] for p in folders)
         if (s, what) in self.left: self.left.remove((s, what)); self.took.setdefault(what, []).append(seconds)
         rest = self.to_go()
-        self.say(f"seed {s}  {what:12} {seconds:6.0f} s   ({_clock(time.time() - self.begun)} since the start{f', about {_span(rest)} to go' if rest else ''})", flush=True)
+        self.say(f"{f'seed {s}' if s != '' else 'base':6}  {what:12} {seconds:6.0f} s   ({_clock(time.time() - self.begun)} since the start{f', about {_span(rest)} to go' if rest else ''})", flush=True)
 
 def _span(seconds):
     "A time to come, as the range in which it is likely to be: other work on the machine, and answers of other lengths, change it."
@@ -980,6 +981,7 @@ def study(
     say = print if progress else (lambda *a, **k: None)
     if chosen.note: say(f"note: {chosen.note}")
     bar = _Progress(chosen, root, seeds, say); bar.start(chosen)
+    if chosen.teach_steps: bar.done("", "taught", base_model(chosen, root, progress).parent)
     for s in range(seeds):
         folder = root / str(s)
         bar.done(s, "sft", run_sft(chosen, s, folder, progress, trackers))

@@ -3,7 +3,8 @@ import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from gp_spectral.explore import Run
-from gp_spectral.study import Preset, checkpoints, claims, load_preset, main, recovery_plan, edit_name
+from gp_spectral.sft import write_json
+from gp_spectral.study import Preset, _Progress, checkpoints, claims, load_preset, main, recovery_plan, edit_name, stage_seconds
 
 LITTLE = dict(test_problems=24, retry_problems=8, curve_problems=16, sft_steps=6, sft_points=2, sft_examples=64, ppo_iterations=3, ppo_samples=24, ppo_minibatch=24, tops="0.2",
               recovery_problems=16, test_attempts=2)
@@ -152,3 +153,15 @@ def test_the_explorer_finds_what_the_preset_says(finished, tmp_path):
     assert checkpoints(preset, tmp_path / "0")["sft_12"] == tmp_path / "0" / "sft" / "step-00012"
     (tmp_path / "preset.json").unlink()
     with pytest.raises(ValueError, match="holds no study"): Run(tmp_path)
+
+def test_forecast(tmp_path):
+    "Teaching is counted once for all seeds, and no more when it is done; what stages took corrects the rest."
+    said, preset = [], Preset(teach_steps=5)
+    bar = lambda: _Progress(preset, tmp_path, 2, lambda text, **k: said.append(text))
+    assert [s for s, _ in bar().left].count("") == 1 and len(bar().left) == 11
+    new = bar(); new.guess = stage_seconds(preset, 0.1, 0.01)
+    whole = new.to_go()
+    (tmp_path / "taught").mkdir(); write_json(dict(seconds=2 * new.guess["taught"]), tmp_path / "taught" / "record.json")
+    assert len(bar().left) == 10
+    new.done("", "taught", tmp_path / "taught")
+    assert new.to_go() == pytest.approx(2 * (whole - new.guess["taught"])) and said[-1].startswith("base    taught")
