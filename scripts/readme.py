@@ -1,5 +1,5 @@
-"Writes README.md from nbs/index.ipynb. `nbdev-readme` does the same with Quarto; this needs nothing but nbdev."
-import json, re, sys
+"Writes README.md from nbs/index.ipynb, and its pictures from the saved outputs of another notebook. `nbdev-readme` does the former with Quarto; this needs nothing but nbdev."
+import base64, json, re
 from pathlib import Path
 from nbdev.config import get_config
 from nbdev.readme_filter import doc_link
@@ -7,6 +7,7 @@ from nbdev.readme_filter import doc_link
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "<!-- Made from nbs/index.ipynb by scripts/readme.py: edit the notebook, not this file. -->\n"
 LINK = re.compile(r"(!?)(\[[^\]]*\]\()([^)\s]+)(\))")
+PICTURES = {"success": "plot_success(", "recovery": "plot_recovery_bars("}      # nbs/studies/tiny/<name>.png: of the cell in nbs/studies/tiny.ipynb that says so
 FENCE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 def _text(source): return source if isinstance(source, str) else "".join(source)
@@ -50,6 +51,13 @@ def readme(root=ROOT):
     config = get_config(root)
     return render(json.loads((config.nbs_path / config.readme_nb).read_text(encoding="utf-8")), config.doc_url)
 
+def pictures(root=ROOT):
+    "{file: bytes} of the pictures that index.ipynb shows, as they stand in the notebook that draws them."
+    cells = json.loads((root / "nbs/studies/tiny.ipynb").read_text(encoding="utf-8"))["cells"]
+    def drawn(call): return next(o["data"]["image/png"] for c in cells if call in _text(c["source"]) for o in c.get("outputs", []) if "image/png" in o.get("data", {}))
+    return {root / f"nbs/studies/tiny/{name}.png": base64.b64decode(_text(drawn(call))) for name, call in PICTURES.items()}
+
 if __name__ == "__main__":
+    for file, png in pictures().items(): file.write_bytes(png)
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")
-    print("README.md written")
+    print("README.md and its pictures written")

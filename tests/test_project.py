@@ -55,8 +55,9 @@ def test_sidebar_names_every_notebook():
     assert named == set(notebooks(nbs))
 
 def test_readme_is_the_index_notebook():
-    readme = runpy.run_path(str(ROOT / "scripts" / "readme.py"))["readme"]
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(ROOT), "run: python scripts/readme.py"
+    made = runpy.run_path(str(ROOT / "scripts" / "readme.py"))
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == made["readme"](ROOT), "run: python scripts/readme.py"
+    assert all(file.read_bytes() == png for file, png in made["pictures"](ROOT).items()), "run: python scripts/readme.py"
 
 def test_readme_renders_cells():
     def cell(kind, source, *outputs): return dict(cell_type=kind, metadata={}, source=source, outputs=list(outputs))
