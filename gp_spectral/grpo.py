@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from .sft import check_numbers, complete, curve_row, evaluate, finished, load_model, lora_config, prompt_ids, save_model, success_rate, task_name, world
-from .sft import write_json, write_table
+from .sft import resolve_precision, write_json, write_table
 
 # %% ../nbs/02b_grpo.ipynb #7ea01b5f
 def group_advantages(
@@ -70,7 +70,7 @@ class GRPOConfig:
     # the model
     lora: int = 0                 # LoRA rank; 0 trains all weights
     dtype: str = "float32"        # of weights and updates
-    precision: str = "auto"       # of the arithmetic: 'no', 'bf16', 'fp16'; 'auto' is bf16 on a GPU
+    precision: str = "auto"       # of the arithmetic: 'no', 'bf16', 'fp16'; 'auto' as in `resolve_precision`
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -141,9 +141,8 @@ def check_padding(
 def _arguments(config, method, folder, limit, processes=1, trackers=()):
     "Keyword arguments of `trl.GRPOConfig` or `trl.RLOOConfig`."
     cuda, own = torch.cuda.is_available(), config.minibatch // processes
-    micro, precision = min(config.microbatch, own), config.precision
+    micro, precision = min(config.microbatch, own), resolve_precision(config.precision)
     if config.minibatch % processes or own % micro: raise ValueError(f"GRPOConfig.minibatch is {config.minibatch}: expected a multiple of {processes} processes × microbatch {micro}")
-    if precision == "auto": precision = "bf16" if cuda else "no"
     rate = dict(lr_scheduler_type="constant") if config.lr_end < 0 else dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=dict(min_lr=config.lr_end))
     return dict(
         num_generations=config.generations, generation_batch_size=config.samples, num_iterations=config.epochs, shuffle_dataset=False, max_completion_length=limit,
@@ -233,7 +232,7 @@ def train_grpo(
     kl = "loss" if method == "grpo" else "reward"
     if config.kl not in ("off", kl): raise ValueError(f"GRPOConfig.kl is {config.kl!r}: expected 'off' or {kl!r} with method {method!r}")
     check_numbers("train_grpo", dict(eval_every=eval_every, n_eval=n_eval), counts=("eval_every", "n_eval"))
-    settings = dataclasses.asdict(config) | dict(method=method, model=str(model), task=task_name(task), processes=state.num_processes, eval_every=eval_every,
+    settings = dataclasses.asdict(config) | dict(method=method, precision=resolve_precision(config.precision), model=str(model), task=task_name(task), processes=state.num_processes, eval_every=eval_every,
                                                  n_eval=n_eval, eval_tasks={rule: task_name(t) for rule, t in (eval_tasks or {}).items()})
     known = json.loads((out / "resume.json").read_text()) if (out / "resume.json").exists() else {}
     def end(): return complete(out, settings, "resume.json", "trainer")

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, load_model, lora_config, play
-from .sft import refuse_diverged, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
+from .sft import refuse_diverged, resolve_precision, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
 @dataclass
@@ -61,7 +61,7 @@ class PPOConfig:
     value_head: str = "linear"    # value function: 'linear', zero at the start; 'mlp' (h, h/4, h/8, 1); 'model', a transformer of its own
     lora: int = 0                 # LoRA rank; 0 trains all weights
     dtype: str = "float32"        # of weights and updates
-    precision: str = "auto"       # of the arithmetic: 'no', 'bf16'; 'auto' is bf16 on a GPU
+    precision: str = "auto"       # of the arithmetic: 'no', 'bf16'; 'auto' as in `resolve_precision`
     gradient_checkpointing: bool = False
     published: bool = False       # with level 'turn': repeat the published code's mistakes, see below
     # the run
@@ -325,7 +325,8 @@ def my_rows(
 # %% ../nbs/02_ppo.ipynb #35efa55f
 def _accelerator(config, trackers=(), folder=None):
     world()                                                       # comes first: it says how long processes wait for each other
-    precision = ("bf16" if torch.cuda.is_available() else "no") if config.precision == "auto" else config.precision
+    precision = resolve_precision(config.precision)
+    if precision == "fp16": raise ValueError("train_ppo knows no fp16, which accelerate was launched with: --mixed_precision bf16, or no")
     return Accelerator(cpu=_on_cpu(), mixed_precision=precision, log_with=list(trackers) or None, project_dir=folder and str(folder))
 
 def _optimizer(net, config):
@@ -520,7 +521,7 @@ def _settings(config, model, task, eval_tasks, accelerator, **more):
     "What must be the same when a run goes on; the number of processes only where the state is cut into as many pieces."
     cut = os.environ.get("ACCELERATE_USE_FSDP") or accelerator.distributed_type == DistributedType.DEEPSPEED
     measured = {rule: task_name(t) for rule, t in (eval_tasks or {}).items()}
-    asked = dataclasses.asdict(config) | dict(vllm=bool(config.vllm), model=str(model), task=task_name(task), eval_tasks=measured,
+    asked = dataclasses.asdict(config) | dict(vllm=bool(config.vllm), precision=accelerator.mixed_precision, model=str(model), task=task_name(task), eval_tasks=measured,
                                               processes=accelerator.num_processes if cut else "any") | more
     return {k: v for k, v in asked.items() if k != "save_every"}
 

@@ -447,7 +447,7 @@ def _with_share(table):
 def _speeds(preset):
     "(seconds for an answer, seconds for a training example), measured on this machine; 0, 0 for a model that is too large to measure in passing."
     import torch
-    from gp_spectral.sft import load_model, play
+    from gp_spectral.sft import load_model, play, resolve_precision
     model, tokenizer = load_model(preset.model, dtype=preset.dtype)
     if sum(p.numel() for p in model.parameters()) > 1e9: return 0.0, 0.0
     t, few = tasks(preset)["ID"], 8
@@ -457,7 +457,7 @@ def _speeds(preset):
     seconds, episodes = timed(lambda: play(model, tokenizer, t, t.problems("train", many)))
     rows = [e.ids for e in episodes[:max(few, many // 8)]]
     ids = torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows], device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=preset.precision == "bf16"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=resolve_precision(preset.precision) == "bf16"):
         example = timed(lambda: model(input_ids=ids, labels=ids).loss.backward())[0] / len(rows)
     return seconds / many, 1.3 * example                                    # 1.3: optimizer, data, log
 
@@ -869,7 +869,7 @@ _PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport 
 <h1>RL is neither a panacea nor a mirage: the study in small</h1>
 <p>{summary}{note}</p>
 <h2>The claims</h2>
-<p>Differences of success are taken problem by problem; their intervals (95 %) count both seeds and hands as drawn at random, the others seeds alone. Shares of the loss are gain over all seeds by
+<p>Differences of success are taken problem by problem; their intervals (95 %) count both seeds and hands as drawn at random (on hands of the training set seeds alone), the others seeds alone. Shares of the loss are gain over all seeds by
 loss over all seeds, with Fieller's interval; it has no bounds where the loss itself is not established. <em>Reproduced</em>: the whole interval is where the claim wants it; <em>not reproduced</em>:
 it is on the other side; else <em>undecided</em>. Among {n_claims} such verdicts one or two may be wrong by chance alone. pp are percentage points of success.</p>
 <table><tr><th>claim<th>in words<th>effect<th>95 % interval<th>claim says<th>seeds<th>verdict</tr>{claims}</table>
@@ -970,12 +970,12 @@ def study(
     trackers=(),      # where else to log the trainings: 'tensorboard', 'wandb', 'trackio', …
 ) -> Path:            # report.html
     "Runs every stage that is not finished, and writes the report; under `accelerate launch` all processes call it."
-    from gp_spectral.sft import resolve, world, write_json
+    from gp_spectral.sft import resolve, resolve_precision, world, write_json
     name = preset if isinstance(preset, str) else "custom"
     chosen = load_preset(preset, overrides) if isinstance(preset, str) else preset
     seeds = chosen.seeds if seeds is None else seeds
     if seeds < 1: raise ValueError(f"seeds is {seeds}: expected at least 1")
-    resolve(chosen.model); tasks(chosen); rl_config(chosen, 0)             # what is wrong is told before anything is trained
+    resolve(chosen.model); tasks(chosen); rl_config(chosen, 0); resolve_precision(chosen.precision)      # what is wrong is told before anything is trained
     root, alone = Path(out) / (name if chosen.rl == "ppo" else f"{name}-{chosen.rl}"), world().is_main_process
     progress = progress and alone
     say = print if progress else (lambda *a, **k: None)
@@ -1084,8 +1084,10 @@ def _run_spectrum(a):
 def _run(a):
     if a.command == "study": _, overrides = _preset_of(a); return study(a.preset, a.seeds, a.out, overrides, trackers=a.trackers)
     if a.command == "sft":
-        _show(_sft(dataclasses.replace(_preset_of(a)[0], ppo_starts=(1.0,)), a.seed, a.model, a.out, trackers=a.trackers))      # no further than SFT_End
-        return print(f"checkpoints: {a.out}/step-*; log: {a.out}/log.parquet; picked: {(Path(a.out) / 'picked.json').read_text()}")
+        from gp_spectral.sft import pick
+        curve = _sft(dataclasses.replace(_preset_of(a)[0], ppo_starts=(1.0,)), a.seed, a.model, a.out, trackers=a.trackers)      # no further than SFT_End
+        _show(curve)
+        return print(f"checkpoints: {a.out}/step-*; log: {a.out}/log.parquet; picked: {', '.join(f'{k} step-{v:05d}' for k, v in pick(curve).items())}")
     if a.command == "ppo":
         _show(_rl(_preset_of(a)[0], a.seed, a.model, a.out, trackers=a.trackers))
         return print(f"checkpoint: {a.out}/checkpoint; log: {a.out}/log.parquet")

@@ -61,6 +61,17 @@ def rounded():
     logp, values, _ = net(batch.ids, batch.attention, 1.0, batch.mask)
     accelerator.backward(logp.sum() + values.sum()); optimizer.step()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in net.parameters() if p.grad is not None)
+if "dies" in what:                                              # the first process is killed in its sixth step of SFT, or before its second round of updates
+    import signal
+    from transformers.trainer_callback import CallbackHandler
+    from gp_spectral import ppo
+    def deadly(action, moment, seen=[]):
+        def acts(*args, **kwargs):
+            seen.append(action)
+            if seen.count(action) == moment and sft.world().is_main_process: os.kill(os.getpid(), signal.SIGKILL)
+            return action(*args, **kwargs)
+        return acts
+    CallbackHandler.on_step_begin, ppo._update = deadly(CallbackHandler.on_step_begin, 6), deadly(ppo._update, 2)
 if "sharded" in what: sharded()
 elif "rounded" in what: rounded()
 elif "sft" in what:
@@ -72,7 +83,7 @@ elif "sft" in what:
         assert os.path.isdir(output_dir), "removed while a process was at work in it"
         return last(output_dir=output_dir, **kwargs)
     trainer.sort_checkpoints = late
-    sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
+    sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, save_every=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
 elif what in ("grpo", "rloo"):
     from gp_spectral.grpo import GRPOConfig, train_grpo
     train_grpo("tiny", out, ID, GRPOConfig(iterations=2, samples=16, minibatch=16, microbatch=8, lr=3e-5), {"OOD": OOD}, 1, 10, progress=False, method=what)
@@ -150,3 +161,13 @@ def test_critic_free_RL_under_FSDP2_equals_DDP(tmp_path, what):
     same = ["reward", "success", "length", "clip_fraction"]
     pd.testing.assert_frame_equal(pd.read_parquet(a / "log.parquet")[same], pd.read_parquet(b / "log.parquet")[same])
     pd.testing.assert_frame_equal(pd.read_parquet(a / "curve.parquet"), pd.read_parquet(b / "curve.parquet"))
+
+@slow
+@pytest.mark.parametrize("what, kept, made", [("sft", "resume.json", "step-00008"), ("sft lora", "resume.json", "step-00008"), ("ppo", "resume.pt", "checkpoint")])
+def test_killed_under_FSDP2_it_ends_with_the_same_bits(tmp_path, what, kept, made):
+    whole = run(tmp_path, "whole", what, "fsdp2")
+    with pytest.raises(AssertionError): run(tmp_path, "killed", what + " dies", "fsdp2")
+    assert (tmp_path / "killed" / kept).exists() and not (tmp_path / "killed" / made).exists()
+    killed = run(tmp_path, "killed", what, "fsdp2")
+    assert furthest(whole / made, killed / made) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(whole / "curve.parquet"), pd.read_parquet(killed / "curve.parquet"))

@@ -4,9 +4,11 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from made import furthest
 from safetensors.torch import load_file, save_file
-from gp_spectral.env import GeneralPoints
+from gp_spectral.env import Feedback, GeneralPoints
+from gp_spectral.grpo import GRPOConfig, train_grpo
 from gp_spectral.ppo import PPOConfig, train_ppo, whiten
-from gp_spectral.sft import TINY, evaluate, load_model, pick, play, save_model, success_rate, train_sft
+from gp_spectral.sft import TINY, evaluate, load_model, pick, play, resolve_precision, save_model, success_rate, train_sft
+from gp_spectral.study import Preset, study
 
 ID, OOD = GeneralPoints("faces_as_ten"), GeneralPoints("faces_as_rank")
 
@@ -120,3 +122,30 @@ def test_pick_takes_the_earliest_best_after_the_start():
     import pandas as pd
     rows = [dict(step=s, rule="OOD", set="validation", rate=r) for s, r in ((0, .9), (5, .4), (9, .5), (20, .5), (30, .1))]
     assert pick(pd.DataFrame(rows)) == {"end": 30, "max_ood": 9}
+
+def test_precision_is_the_launchers_unless_they_differ(tmp_path, monkeypatch):
+    "A training in other arithmetic than its record says, or a study whose RL stops after an hour of SFT."
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert [resolve_precision(p) for p in ("auto", "no", "bf16", "fp16")] == ["bf16" if torch.cuda.is_available() else "no", "no", "bf16", "fp16"]
+    for told in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+        assert resolve_precision("auto") == told == resolve_precision(told)
+    begun = (lambda: train_sft("tiny", tmp_path / "sft", GeneralPoints(), precision="no"), lambda: train_grpo("tiny", tmp_path / "rl", GeneralPoints(), GRPOConfig(precision="no")),
+             lambda: train_ppo("tiny", tmp_path / "rl", GeneralPoints(), PPOConfig(precision="no")), lambda: study(Preset(precision="no"), out=tmp_path))
+    for begin in begun:
+        with pytest.raises(ValueError, match="precision is 'no', and accelerate was launched with --mixed_precision bf16"): begin()
+    assert not list(tmp_path.iterdir())
+
+class Coin:
+    "No more than CONTRIBUTING asks of a task."
+    def problems(self, split, n, seed): assert str(seed); return [f"{split} {i % 4}" for i in range(n)]
+    def prompt(self, problem): return problem
+    def answer(self, problem, seed): return "1"
+    def verify(self, problem, text): return Feedback(float(text == "1"), "", text == "1")
+    def retry(self, feedback): return "again"
+
+def test_five_methods_are_a_task(tmp_path):
+    curve = train_sft("tiny", tmp_path / "sft", Coin(), steps=2, points=1, n_eval=8, examples=16, batch_size=8, progress=False)
+    assert set(curve.rule) == {"ID"} and len(evaluate(tmp_path / "sft/step-00002", Coin(), "test", 4, attempts=2)) == 4
+    train_ppo(tmp_path / "sft/step-00002", tmp_path / "ppo", Coin(), PPOConfig(iterations=1, samples=8, minibatch=8, attempts=2), {"ID": Coin()}, n_eval=4, progress=False)
+    train_grpo(tmp_path / "sft/step-00002", tmp_path / "grpo", Coin(), GRPOConfig(iterations=1, samples=8, minibatch=8), {"ID": Coin()}, n_eval=4, progress=False)
