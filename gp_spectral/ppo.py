@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 
-from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, load_model, lora_config, play
+from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, keep_float32, release, load_model, lora_config, play
 from .sft import refuse_diverged, resolve_precision, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
@@ -324,6 +325,7 @@ def my_rows(
 
 # %% ../nbs/02_ppo.ipynb #35efa55f
 def _accelerator(config, trackers=(), folder=None):
+    AcceleratorState._reset_state(True)                           # what a trainer of transformers left behind is made for its model, not for this one
     world()                                                       # comes first: it says how long processes wait for each other
     precision = resolve_precision(config.precision)
     if precision == "fp16": raise ValueError("train_ppo knows no fp16, which accelerate was launched with: --mixed_precision bf16, or no")
@@ -345,8 +347,7 @@ def _prepare(net, config, accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=config.microbatch, gradient_clipping=config.max_grad_norm)
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2: raise ValueError("train_ppo needs FSDP2: set fsdp_version: 2, as configs/fsdp2.yaml does")
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.mixed_precision_policy: plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+        keep_float32(accelerator)
     prepared = accelerator.prepare(net, optimizer)
     gather_to_generate(net)
     return prepared
@@ -600,13 +601,13 @@ def train_ppo(
     accelerator = _accelerator(config, trackers, out)
     main, sampler = accelerator.is_main_process, sampler or (VLLMSampler(config.vllm) if config.vllm else generate)
     settings = _settings(config, model, task, eval_tasks, accelerator, eval_every=eval_every, n_eval=n_eval, keep=sorted(set(keep)))
-    kept = torch.load(out / "resume.pt", weights_only=True, map_location="cpu") if (out / "resume.pt").exists() else None
+    kept = torch.load(out / "resume.pt", weights_only=True, map_location="cpu", mmap=True) if (out / "resume.pt").exists() else None
     if not finished(out, settings, kept and kept["settings"]):
         torch.manual_seed(config.seed)
         bare, tokenizer = _open(model, config, accelerator.device)
         reference = None if config.kl == "off" else _Reference(bare, config)
         net, optimizer = _prepare(bare, config, accelerator)
-        if kept: _take_up(out, kept, bare, optimizer, accelerator); run = {k: kept[k] for k in run}
+        if kept: _take_up(out, kept, bare, optimizer, accelerator); run, kept = {k: kept[k] for k in run}, None
         out.mkdir(parents=True, exist_ok=True)
         if trackers: accelerator.init_trackers("ppo", {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))})
         measure = lambda: _measure(run, bare, tokenizer, eval_tasks, n_eval, accelerator, trackers)
@@ -631,6 +632,7 @@ def train_ppo(
         _save_policy(bare, tokenizer, out / "checkpoint")
         if main: write_table(run["curve"], out / "curve.parquet")
         if trackers: accelerator.end_training()
+        release(net)
     return complete(out, settings, "resume.pt", "deepspeed-*")
 
 # %% ../nbs/02_ppo.ipynb #a5173be5
@@ -648,7 +650,10 @@ class VLLMSampler:
     def sync(self, net):
         "Sends the policy's weights to the server; `train_ppo` calls it before each round, in all processes."
         state = full_state(net)
-        if not world().is_main_process: return
+        if world().is_main_process: self._send(net, state)
+        world().wait_for_everyone()                               # nobody samples from what is half sent
+
+    def _send(self, net, state):
         if not self.ready: self.client.init_communicator(device=net.device); self.ready = True
         prefix, model = "model.", net.model
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -6,15 +6,16 @@ Docs: https://gp-spectral.github.io/gp_spectral/sft.html.md"""
 
 # %% auto #0
 __all__ = ['TINY', 'RULE_COLORS', 'resolve', 'load_model', 'world', 'resolve_precision', 'end_world', 'is_sharded',
-           'gather_to_generate', 'inference', 'full_state', 'refuse_diverged', 'save_model', 'Turn', 'Episode',
-           'prompt_ids', 'retry_ids', 'generate', 'play', 'evaluate', 'success_rate', 'summary', 'sft_dataset',
-           'write_table', 'write_json', 'task_name', 'finished', 'complete', 'curve_row', 'curve_steps', 'lora_config',
-           'check_numbers', 'train_sft', 'pick', 'plot_curve']
+           'gather_to_generate', 'keep_float32', 'Float32Outputs', 'accumulating', 'one_gpu', 'release', 'inference',
+           'full_state', 'refuse_diverged', 'save_model', 'Turn', 'Episode', 'prompt_ids', 'retry_ids', 'generate',
+           'play', 'evaluate', 'success_rate', 'summary', 'sft_dataset', 'write_table', 'write_json', 'task_name',
+           'finished', 'complete', 'curve_row', 'curve_steps', 'lora_config', 'check_numbers', 'train_sft', 'pick',
+           'plot_curve']
 
 # %% ../nbs/01_sft.ipynb #55b64304
 import gc, inspect, json, math, os, shutil, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def load_model(
     device=None,   # torch device; None takes the GPU when there is one
 ):                 # (model in eval mode, tokenizer with padding on the left)
     "A causal language model and its tokenizer."
+    gc.collect()                                                # a GPU's memory is not given back for cycles of references
     path = resolve(checkpoint)
     tokenizer, options = _load_tokenizer(path), dict(dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
@@ -99,7 +101,7 @@ def load_model(
 # %% ../nbs/01_sft.ipynb #eb7c43e1
 def _on_cpu():
     "Whether accelerate has to be told that there is no GPU; where DeepSpeed is asked for it finds that out by itself."
-    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true"
+    return not torch.cuda.is_available() and not _by_deepspeed()
 
 def world():
     "accelerate's `PartialState`: which process this is, of how many; the only one, unless `accelerate launch` or `torchrun` started more."
@@ -125,6 +127,7 @@ def _fsdp(model):
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 def _zero3(model): return any(hasattr(p, "ds_id") for p in model.parameters())     # DeepSpeed
+def _by_deepspeed(): return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 def is_sharded(model): "Whether the weights lie in pieces on several processes."; return bool(_fsdp(model)) or _zero3(model)
 
@@ -133,6 +136,37 @@ def gather_to_generate(model):
     if _fsdp(model):
         from torch.distributed.fsdp import register_fsdp_forward_method
         register_fsdp_forward_method(model, "generate")
+
+def keep_float32(accelerator):
+    "With 16-bit arithmetic accelerate's FSDP2 rounds what a model puts out, and adds gradients up in 16 bits. Here outputs stay as they are, and gradients meet in float32, as with DDP."
+    if not getattr(accelerator, "is_fsdp2", False): return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy: plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+
+class Float32Outputs:
+    "`keep_float32` for transformers' trainers: it comes before anything is sharded."
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess(); keep_float32(self.accelerator)
+
+@contextmanager
+def accumulating(steps):
+    "Tells DeepSpeed over how many passes gradients are added up, which the files in configs/ cannot know."
+    name, before = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if _by_deepspeed(): os.environ[name] = str(steps)
+    try: yield
+    finally:
+        if before is None: os.environ.pop(name, None)
+        else: os.environ[name] = before
+
+def one_gpu(args):
+    "The arguments of a trainer, which would otherwise take every GPU that it sees: each process has one."
+    if args.n_gpu > 1: args._n_gpu = 1
+    return args
+
+def release(model):
+    "After a training: what DeepSpeed hooked into the model, and cycles of references, would keep it in memory."
+    if hasattr(model, "destroy"): model.destroy()
+    gc.collect()
 
 @contextmanager
 def inference(model):
@@ -144,9 +178,12 @@ def inference(model):
 
 def full_state(model) -> dict:
     "The whole state dict on the CPU; of a sharded model on the first process, empty on the others. All processes call it."
-    if _zero3(model):
+    if _zero3(model) or _by_deepspeed():
         from deepspeed.runtime.zero import GatheredParameters
-        with GatheredParameters(list(model.parameters())): return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        from deepspeed.utils import safe_get_full_fp32_param
+        with GatheredParameters(list(model.parameters()), enabled=_zero3(model)): state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        exact = {k: safe_get_full_fp32_param(p) for k, p in model.named_parameters() if p.requires_grad}     # with bf16 the model itself is a rounded copy
+        return state | {k: v.cpu() for k, v in exact.items() if v is not None}
     if not _fsdp(model): return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -536,7 +573,8 @@ def _trainer_class(network):
     "TRL's trainer, its loss as it comes or ours; the two differ by rounding."
     from trl import SFTTrainer
     plain = "logits_to_keep" in inspect.signature(network.forward).parameters and not getattr(network.config, "output_router_logits", False)
-    return type("SFTTrainer", (_AnswerLoss, SFTTrainer), {}) if plain and not torch.cuda.is_available() else SFTTrainer
+    ours = (_AnswerLoss,) if plain and not torch.cuda.is_available() else ()
+    return type("SFTTrainer", (*ours, Float32Outputs, SFTTrainer), {})
 
 # %% ../nbs/01_sft.ipynb #db354fed
 def _check_sft(s):
@@ -567,13 +605,14 @@ def _run_trl(network, tokenizer, data, args, curve, lora, progress, checkpoint):
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     disable_progress_bars()
     with _no_outlook():
-        trainer = _trainer_class(network)(model=network, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[curve],
+        trainer = _trainer_class(network)(model=network, args=one_gpu(args), train_dataset=data, processing_class=tokenizer, callbacks=[curve],
                                           peft_config=lora_config(lora) if lora else None)
     enable_progress_bars()
     for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
     if progress and world().is_main_process: trainer.add_callback(_Bar("SFT"))
     with _quiet(transformers_logging.ERROR if checkpoint else None):
         trainer.train(resume_from_checkpoint=str(Path(args.output_dir) / checkpoint) if checkpoint else None)
+    release(trainer.model_wrapped)
 
 # %% ../nbs/01_sft.ipynb #ead53761
 def train_sft(
@@ -614,10 +653,10 @@ def train_sft(
         out.mkdir(parents=True, exist_ok=True)
         curve = _Curve(out, tokenizer, {*curve_steps(steps, points), *at}, measure, save_every, settings, known or dict(rows=[], log=[]))
         accumulate = batch_size // world().num_processes // micro
-        args = _sft_arguments(steps, micro, accumulate, lr, warmup, seed, settings["precision"], gradient_checkpointing, examples >= batch_size, trackers,
-                              out / "trainer")
         if "tensorboard" in trackers: os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
-        _run_trl(network, tokenizer, data, args, curve, lora, progress, known and known["checkpoint"])
+        with accumulating(accumulate):
+            args = _sft_arguments(steps, micro, accumulate, lr, warmup, seed, settings["precision"], gradient_checkpointing, examples >= batch_size, trackers, out / "trainer")
+            _run_trl(network, tokenizer, data, args, curve, lora, progress, known and known["checkpoint"])
     return complete(out, settings, "resume.json", "trainer")
 
 _SFT_SETTINGS = set(inspect.signature(train_sft).parameters) - {"out", "progress", "trackers", "task", "eval_tasks"}

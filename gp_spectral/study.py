@@ -344,7 +344,7 @@ def loss_curve(preset, sft):
     from gp_spectral.sft import load_model
     asked, rows = {rule: (t, _answered(t, preset.curve_problems)) for rule, t in tasks(preset).items()}, []
     for folder in sorted(Path(sft).glob("step-*")):
-        loaded = load_model(folder)
+        loaded = None; loaded = load_model(folder)               # one model at a time
         rows += [dict(step=int(folder.name[5:]), rule=rule, loss=answer_loss(*loaded, t, problems)) for rule, (t, problems) in asked.items()]
     return pd.DataFrame(rows)
 
@@ -426,7 +426,7 @@ def run_recovery(preset, seed, folder, progress=True):
         plan = [dict(method="target"), dict(method="donor")] + recovery_plan(preset)
         for edit in tqdm(plan, desc="recovery", unit="edit", leave=False, disable=not progress):
             path, norm = _edited(seed, named, edit, f / "edited")
-            loaded = load_model(path)
+            loaded = None; loaded = load_model(path)             # one model at a time
             for rule, task in t.items():
                 table = evaluate(loaded, task, problems=asked[rule], attempts=1, share=True)
                 row = dict(method=edit["method"], top=edit.get("top", math.nan), tail=edit.get("tail", 0.0), layers=edit.get("layers", ""))
@@ -451,7 +451,7 @@ def _speeds(preset):
     model, tokenizer = load_model(preset.model, dtype=preset.dtype)
     if sum(p.numel() for p in model.parameters()) > 1e9: return 0.0, 0.0
     t, few = tasks(preset)["ID"], 8
-    def timed(action): begun = time.perf_counter(); found = action(); return time.perf_counter() - begun, found
+    def timed(action): begun = time.perf_counter(); found = action(); torch.cuda.is_available() and torch.cuda.synchronize(); return time.perf_counter() - begun, found
     seconds, _ = timed(lambda: play(model, tokenizer, t, t.problems("train", few)))
     many = int(min(256, max(4 * few, few * 4 / seconds)))                   # a quick model can be measured better; a batch costs less for each than a few do
     seconds, episodes = timed(lambda: play(model, tokenizer, t, t.problems("train", many)))
@@ -1067,7 +1067,7 @@ def _run_evaluate(a):
     from gp_spectral.sft import evaluate, load_model, summary
     preset, found = _preset_of(a)[0], []
     for c in a.checkpoints:
-        loaded = load_model(c)
+        loaded = None; loaded = load_model(c)                    # one model at a time
         found += [evaluate(loaded, t, a.split, preset.test_problems, attempts=preset.test_attempts, name=c, progress=f"{c} {rule}").assign(rule=rule)
                   for rule, t in tasks(preset).items()]
     table = pd.concat(found); _show(summary(table))

@@ -3,6 +3,7 @@ import os, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from made import furthest
+from safetensors.torch import load_file
 from gp_spectral.sft import TINY
 
 SCRIPT = """
@@ -74,6 +75,9 @@ if "dies" in what:                                              # the first proc
     CallbackHandler.on_step_begin, ppo._update = deadly(CallbackHandler.on_step_begin, 6), deadly(ppo._update, 2)
 if "sharded" in what: sharded()
 elif "rounded" in what: rounded()
+elif what == "both":                                            # as in a study: what the trainer of SFT leaves behind is not what PPO wants
+    sft.train_sft("tiny", out + "/sft", ID, {"ID": ID, "OOD": OOD}, steps=2, points=1, n_eval=4, examples=32, batch_size=8, microbatch=2, lr=1e-6, progress=False)
+    train_ppo("tiny", out + "/ppo", ID, PPOConfig(iterations=1, samples=8, minibatch=8, microbatch=2, dtype=sys.argv[4]), {"OOD": OOD}, 1, 4, progress=False)
 elif "sft" in what:
     import time
     from transformers import trainer
@@ -86,7 +90,10 @@ elif "sft" in what:
     sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, save_every=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
 elif what in ("grpo", "rloo"):
     from gp_spectral.grpo import GRPOConfig, train_grpo
-    train_grpo("tiny", out, ID, GRPOConfig(iterations=2, samples=16, minibatch=16, microbatch=8, lr=3e-5), {"OOD": OOD}, 1, 10, progress=False, method=what)
+    train_grpo("tiny", out, ID, GRPOConfig(iterations=2, samples=16, minibatch=16, microbatch=4, lr=3e-5), {"OOD": OOD}, 1, 10, progress=False, method=what)
+    from accelerate.state import AcceleratorState
+    policy = getattr(getattr(AcceleratorState(), "fsdp_plugin", None), "mixed_precision_policy", None)
+    assert policy is None or policy.output_dtype is None and policy.reduce_dtype == torch.float32
 else:
     train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **eval(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
 sft.end_world()
@@ -95,14 +102,14 @@ sft.end_world()
 slow = pytest.mark.slow
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-def run(tmp_path, name, what, how=None, processes=2, precision="no", **config):
+def run(tmp_path, name, what, how=None, processes=2, precision="no", dtype="float32", **config):
     "The folder that `what` wrote: in this one process, or in several as configs/`how`.yaml says."
     script, out = tmp_path / "run.py", tmp_path / name
     script.write_text(SCRIPT)
     launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{how}.yaml", f"--num_processes={processes}", f"--mixed_precision={precision}", "--main_process_port=0"]
     start = [] if how is None else launch
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, *start, str(script), what, str(out), str(config)], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([sys.executable, *start, str(script), what, str(out), str(config), dtype], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:4000]
     return out
 
@@ -152,11 +159,31 @@ def test_sft_equals_one_process(tmp_path, alone, what, how):
     assert (a.grad_norm - b.grad_norm).abs().max() < 1e-6 and (a.tokens == b.tokens).all()
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(two / "curve.parquet"))
 
+def test_two_trainings_in_one_program(tmp_path):
+    "PPO has weights of two types, for which FSDP2 needs a group of its own; DeepSpeed has batches of two sizes."
+    run(tmp_path, "both", "both", "fsdp2", dtype="bfloat16")
+    pytest.importorskip("deepspeed")
+    run(tmp_path, "zero2", "both", "zero2")
+
+@pytest.mark.parametrize("how", ["fsdp2", "zero2", "zero3"])
+def test_16_bits_do_not_reach_the_checkpoint(tmp_path, how):
+    "DeepSpeed trains a rounded copy of the weights: written as they are, steps of 1e-6 would be lost."
+    if how != "fsdp2": pytest.importorskip("deepspeed")
+    a, b = (run(tmp_path, name, "sft", name, precision="bf16") for name in ("ddp", how))
+    def moved(out):                                             # from the run's own start: DeepSpeed has rounded that once
+        start, end = (load_file(out / f"step-{s}/model.safetensors") for s in ("00000", "00008"))
+        assert {x.dtype for x in end.values()} == {torch.float32}
+        return torch.cat([(end[k] - start[k]).flatten() for k in sorted(start)])
+    x, y = moved(a), moved(b)
+    assert torch.cosine_similarity(x, y, dim=0) > 0.9 and abs(y.norm() / x.norm() - 1) < 0.1
+
 @slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("what", ["grpo", "rloo"])
-def test_critic_free_RL_under_FSDP2_equals_DDP(tmp_path, what):
+def test_critic_free_RL_under_FSDP2_equals_DDP(tmp_path, what, precision):
     "Not one process: each process draws its own answers."
-    a, b = (run(tmp_path, how, what, how) for how in ("ddp", "fsdp2"))
+    a, b = (run(tmp_path, how, what, how, precision=precision) for how in ("ddp", "fsdp2"))
+    if precision == "bf16": return                              # it runs, and says what it calculates in
     assert furthest(a / "checkpoint", b / "checkpoint") < 1e-6 < 1e-5 < furthest(a / "checkpoint", TINY)
     same = ["reward", "success", "length", "clip_fraction"]
     pd.testing.assert_frame_equal(pd.read_parquet(a / "log.parquet")[same], pd.read_parquet(b / "log.parquet")[same])
