@@ -172,7 +172,7 @@ def unfinished(train, out):
     else:
         def stop(*a, **k): raise KeyboardInterrupt
         with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(sft, "pick", stop); train(out)
+            m.setattr(sft, "complete", stop); train(out)
 
 @pytest.mark.parametrize("train", [sft_, ppo_])
 def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(tmp_path, train):
