@@ -2,7 +2,8 @@
 import atexit, os, shutil, socket, subprocess, sys, tempfile, time, urllib.request
 import pytest
 
-for key, value in dict(OMP_NUM_THREADS="2", MKL_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2",   # two cores are what the tests are written for
+threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"           # two cores are what the tests are written for: two workers, one thread each
+for key, value in dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads,
                        TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
                        OMP_WAIT_POLICY="PASSIVE", OPENBLAS_THREAD_TIMEOUT="4").items(): os.environ.setdefault(key, value)
 

@@ -56,13 +56,13 @@ def checkpoints(request, tmp_path):
 
 
 class Parity:
-    "A task that is learned in seconds: an even number after 'A', an odd one after 'J'."
+    "A task that is learned in seconds: an even number after 'A2', an odd one after 'J3'."
     max_new_tokens, attempts, rule = 2, 1, "parity"
-    def problems(self, split, n, seed=0): return ["AJ"[i % 2] for i in range(n)]
+    def problems(self, split, n, seed=0): return [("A2", "J3")[i % 2] for i in range(n)]
     def prompt(self, problem): return problem
-    def answer(self, problem, seed=0): return "2" if problem == "A" else "3"
+    def answer(self, problem, seed=0): return problem[-1]
     def retry(self, feedback): return "again"
     def verify(self, problem, text):
         word = (text.split() or [""])[0]
-        ok = word.isdigit() and int(word) % 2 == (problem == "J")
+        ok = word.isdigit() and int(word) % 2 == int(problem[-1]) % 2
         return Feedback(float(ok), "" if ok else "wrong", ok, "" if ok else "wrong_value")

@@ -149,9 +149,9 @@ def check_pieces(tmp_path):
     assert abs(made[0] / made[1] - 1) < 1e-4
 
 def check_it_learns(tmp_path):
-    train_ppo("tiny", tmp_path, Parity(), PPOConfig(iterations=10, samples=96, minibatch=48, epochs=4, lr=1e-3, reward_scale=1.0), progress=False)
+    train_ppo("tiny", tmp_path, Parity(), PPOConfig(iterations=5, samples=96, minibatch=48, epochs=4, lr=1e-4, reward_scale=1.0), progress=False)
     success = pd.read_parquet(tmp_path / "log.parquet").success
-    assert success.iloc[-1] > 0.85 > 0.55 > success.iloc[0]
+    assert success.iloc[-1] > 0.85 > 0.6 > success.iloc[0]          # 16 seeds out of 16 go from at most 0.5 to at least 0.97; from one parity alone there is 0.5 to be had
 
 CHECKS = {"sampler": lambda t: check_sampler_against_scorer(), "scorer llama": lambda t: check_scorer_against_transformers("llama"), "scorer gpt2": lambda t: check_scorer_against_transformers("gpt2"),
           "padding": lambda t: check_padding("llama"), "padding gpt2": lambda t: check_padding("gpt2"), "padding turn": lambda t: check_padding("llama", level="turn"), "gae": lambda t: check_gae(),
