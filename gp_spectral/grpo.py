@@ -20,7 +20,7 @@ from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from .sft import check_numbers, complete, curve_row, evaluate, finished, load_model, lora_config, prompt_ids, save_model, success_rate, task_name, world
+from .sft import check_numbers, complete, curve_row, evaluate, finished, load_model, lora_config, one_at_a_time, prompt_ids, save_model, success_rate, task_name, world
 from .sft import Float32Outputs, accumulating, one_gpu, release, resolve_precision, write_json, write_table
 
 # %% ../nbs/02b_grpo.ipynb #7ea01b5f
@@ -213,6 +213,7 @@ def _training(network, tokenizer):
         for c, name, value in kept: setattr(c, name, value)
 
 # %% ../nbs/02b_grpo.ipynb #26469e06
+@one_at_a_time
 def train_grpo(
     model,            # checkpoint folder to start from, or 'tiny'
     out,              # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.json and trainer)

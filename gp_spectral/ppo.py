@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 
-from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, keep_float32, release, load_model, lora_config, play
+from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, keep_float32, release, load_model, lora_config, one_at_a_time, play
 from .sft import refuse_diverged, resolve_precision, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
@@ -581,6 +581,7 @@ def _report(run, row, bar, accelerator, trackers, main, out):
     if main: write_table(run["log"], out / "log.parquet")
 
 # %% ../nbs/02_ppo.ipynb #2a44517c
+@one_at_a_time
 def train_ppo(
     model,             # checkpoint folder to start from, or 'tiny'
     out,               # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.pt)

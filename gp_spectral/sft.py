@@ -9,20 +9,21 @@ __all__ = ['TINY', 'RULE_COLORS', 'resolve', 'load_model', 'world', 'resolve_pre
            'gather_to_generate', 'keep_float32', 'Float32Outputs', 'accumulating', 'one_gpu', 'release', 'inference',
            'full_state', 'refuse_diverged', 'save_model', 'Turn', 'Episode', 'prompt_ids', 'retry_ids', 'generate',
            'play', 'evaluate', 'success_rate', 'summary', 'sft_dataset', 'write_table', 'write_json', 'task_name',
-           'finished', 'complete', 'curve_row', 'curve_steps', 'lora_config', 'check_numbers', 'train_sft', 'pick',
-           'plot_curve']
+           'finished', 'complete', 'claimed', 'one_at_a_time', 'curve_row', 'curve_steps', 'lora_config',
+           'check_numbers', 'train_sft', 'pick', 'plot_curve']
 
 # %% ../nbs/01_sft.ipynb #55b64304
-import gc, inspect, json, math, os, shutil, warnings
-from contextlib import contextmanager
+import functools, gc, inspect, json, math, os, shutil, time, warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch, transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers import TrainerCallback, set_seed
@@ -476,6 +477,42 @@ def complete(
     world().wait_for_everyone()
     return pd.read_parquet(Path(out) / "curve.parquet")
 
+# %% ../nbs/01_sft.ipynb #6095c3ba
+@contextmanager
+def claimed(
+    folder,       # need not exist
+    wait=False,   # until it is free
+):                # yields whether it is this run's alone: it stays so inside the `with`
+    "Claims a folder for this process, or for all processes of one `accelerate launch`, which call it together."
+    folder, ours = Path(folder), [False]
+    lock, made = FileLock(folder.with_name(f".{folder.name}.lock")), []
+    if world().is_main_process:
+        made = [p for p in folder.parents if not p.exists()]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        if world().is_main_process:
+            with suppress(Timeout): lock.acquire(timeout=0); ours = [True]
+        if world().num_processes > 1: broadcast_object_list(ours)
+        if ours[0] or not wait: break
+        time.sleep(1)
+    try: yield ours[0]
+    finally:
+        if lock.is_locked:
+            try:
+                with suppress(OSError): Path(lock.lock_file).unlink()
+            finally: lock.release()
+            for p in made:
+                with suppress(OSError): p.rmdir()      # a claim leaves nothing: what is not empty stays
+
+def one_at_a_time(train):
+    "Makes a training `train(model, out, …)` refuse a folder `out` that another run is writing to."
+    @functools.wraps(train)
+    def claiming(model, out, *args, **kwargs):
+        with claimed(out) as ours:
+            if not ours: raise ValueError(f"{out} is being written by another run: wait until it has ended, or choose another folder")
+            return train(model, out, *args, **kwargs)
+    return claiming
+
 # %% ../nbs/01_sft.ipynb #2325d607
 def curve_row(table, **where):
     "A row of a curve, from the rows of `evaluate`: success with its interval, the share of answers of a wrong form, and that of the other rule's."
@@ -615,6 +652,7 @@ def _run_trl(network, tokenizer, data, args, curve, lora, progress, checkpoint):
     release(trainer.model_wrapped)
 
 # %% ../nbs/01_sft.ipynb #ead53761
+@one_at_a_time
 def train_sft(
     model,               # checkpoint folder to start from, or 'tiny'
     out,                 # folder to write: step-00000, step-00010, …, curve.parquet, log.parquet, settings.json

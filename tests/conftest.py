@@ -2,10 +2,7 @@
 import atexit, os, shutil, socket, subprocess, sys, tempfile, time, urllib.request
 import pytest
 
-threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"           # two cores are what the tests are written for: two workers, one thread each
-for key, value in dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads,
-                       TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
-                       OMP_WAIT_POLICY="PASSIVE", OPENBLAS_THREAD_TIMEOUT="4").items(): os.environ.setdefault(key, value)
+for key, value in dict(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE", OPENBLAS_THREAD_TIMEOUT="4").items(): os.environ.setdefault(key, value)
 
 if "GP_SPECTRAL_CACHE" not in os.environ:   # factors of throw-away matrices do not belong into the user's cache
     os.environ["GP_SPECTRAL_CACHE"] = tempfile.mkdtemp(prefix="gp_spectral_factors_")
@@ -15,6 +12,8 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the slow tests, and the notebooks' cells flagged slow or widget")
 
 def pytest_configure(config):
+    several = hasattr(config, "workerinput") or config.getoption("numprocesses", None)      # workers inherit from the process that starts them
+    for name in ("OMP", "MKL", "OPENBLAS"): os.environ.setdefault(f"{name}_NUM_THREADS", "1" if several else "2")      # two cores are what the tests are written for
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
 
 def pytest_collection_modifyitems(config, items):

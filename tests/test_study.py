@@ -10,10 +10,10 @@ LITTLE = dict(test_problems=24, retry_problems=8, curve_problems=16, sft_steps=6
               recovery_problems=16, test_attempts=2)
 COMMAND = ["study", "--seeds", "1", *(x for k, v in LITTLE.items() for x in ("--set", f"{k}={v}"))]
 
-def start(out):
+def start(out, *more, log="log.txt"):
     "The study in a process of its own, always with the same number of threads: other tests may have changed theirs."
-    with open(out / "log.txt", "a") as log:
-        return subprocess.Popen([sys.executable, "-m", "gp_spectral.study", *COMMAND, "--out", str(out)], stdout=log, stderr=log, cwd=out)
+    with open(out / log, "a") as log:
+        return subprocess.Popen([sys.executable, "-m", "gp_spectral.study", *COMMAND, *more, "--out", str(out)], stdout=log, stderr=log, cwd=out)
 
 def complete(out):
     assert start(out).wait() == 0, (out / "log.txt").read_text()[-3000:]
@@ -36,6 +36,20 @@ def test_killed_it_goes_on(finished, tmp_path, kills):
         a, b = (pd.read_parquet(root / "tables" / f"{name}.parquet") for root in (finished, tmp_path / "tiny"))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert not list(tmp_path.rglob("*.part"))
+
+@pytest.mark.slow
+def test_two_processes_share_the_seeds(finished, tmp_path):
+    "Both are given the same command, and one of them is killed: all seeds are run, each once, and a seed's numbers do not depend on who else was there."
+    a, b, c = (start(tmp_path, "--seeds", "3", log=f"{name}.txt") for name in "abc")
+    while not all((tmp_path / "tiny" / s / "sft").exists() for s in "012"): time.sleep(0.2)     # each is at a seed of its own
+    c.kill(); c.wait()
+    assert (a.wait(), b.wait()) == (0, 0), (tmp_path / "a.txt").read_text() + (tmp_path / "b.txt").read_text()
+    assert all("another process is at it" in (tmp_path / f"{name}.txt").read_text() for name in "ab")
+    for name in ("evaluations", "sigma", "recovery", "sft_curve", "ppo_curve"):
+        one, all_ = (pd.read_parquet(root / "tables" / f"{name}.parquet") for root in (finished, tmp_path / "tiny"))
+        assert set(all_.seed) == {0, 1, 2}
+        pd.testing.assert_frame_equal(one, all_[all_.seed == 0].reset_index(drop=True), check_exact=True)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".lock")]
 
 def test_report_opens_offline(finished):
     page = (finished / "report.html").read_text()

@@ -172,7 +172,8 @@ def unfinished(train, out):
     else:
         def stop(*a, **k): raise KeyboardInterrupt
         with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(sft, "complete", stop); train(out)
+            for module in (sft, grpo): m.setattr(module, "complete", stop)
+            train(out)
 
 @pytest.mark.parametrize("train", [sft_, ppo_])
 def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(tmp_path, train):
@@ -206,6 +207,20 @@ def test_killed_after_the_last_word(tmp_path, monkeypatch):
     assert {"settings.json", "resume.pt", "checkpoint"} <= {p.name for p in (tmp_path / "out").iterdir()}
     ppo_(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint", "curve.parquet", "log.parquet", "settings.json"]
+
+HOLD = "import sys, time\nfrom gp_spectral.sft import claimed\nwith claimed(sys.argv[1]) as ours: print(ours, flush=True); time.sleep(600)"
+
+@pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
+def test_two_runs_do_not_write_into_one_folder(tmp_path, train):
+    "The second is refused, before it has written anything; when the first has been killed, the folder is free."
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "True\n"
+        with pytest.raises(ValueError, match="out is being written by another run"): train(tmp_path / "out")
+        assert [p.name for p in tmp_path.iterdir()] == [".out.lock"]
+    finally: first.kill(); first.wait(); first.stdout.close()
+    unfinished(train, tmp_path / "out"); train(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 @pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
 def test_no_folder_before_the_inputs_are_good(tmp_path, train):
