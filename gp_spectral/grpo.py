@@ -161,7 +161,7 @@ class _Rounds(TrainerCallback):
         self.out, self.config, self.verifier, self.measure, self.eval_every, self.settings, self.bar = out, config, verifier, measure, eval_every, settings, bar
         self.log, self.curve, self.state = known.get("log", []), known.get("curve", []), world()
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not self.curve: self.curve += self.measure(model, 0)
+        if not self.curve: self.curve += self.measure(model, 0); self.keep(None)
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.config.steps_per_round == 0: self.verifier.began = time.perf_counter()
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
@@ -173,7 +173,7 @@ class _Rounds(TrainerCallback):
                              length=value("completions/mean_length"), tokens_per_second=value("tokens_per_second") * self.state.num_processes, loss=value("loss"), kl=value("kl"),
                              entropy=value("entropy"), clip_fraction=value("clip_ratio/region_mean"), lr=value("learning_rate"), grad_norm=value("grad_norm"), seconds=time.perf_counter() - self.verifier.began))
         if not self.log[-1]["ended"] and not self.log[-1]["success"]: warnings.warn(f"no answer of round {i} ended within {args.max_completion_length} tokens: teach the form of an answer first (SFT), or raise max_new_tokens", stacklevel=2)
-        self.bar.update(); self.bar.set_postfix(reward=f"{self.log[-1]['reward']:.2f}", success=f"{self.log[-1]['success']:.2f}")
+        self.bar.set_postfix(reward=f"{self.log[-1]['reward']:.2f}", success=f"{self.log[-1]['success']:.2f}", refresh=False); self.bar.update()
         if self.state.is_main_process: write_table(self.log, self.out / "log.parquet")
         if i % self.eval_every == 0 or i == self.config.iterations:
             self.curve += self.measure(model, i)
@@ -182,8 +182,9 @@ class _Rounds(TrainerCallback):
         self.state.wait_for_everyone()
         if not self.state.is_main_process: return
         newest = f"checkpoint-{state.global_step}"
-        write_json(dict(settings=self.settings, checkpoint=newest, log=self.log, curve=self.curve), self.out / "resume.json")
-        _only(self.out / "trainer", newest)
+        self.keep(newest); _only(self.out / "trainer", newest)
+    def keep(self, checkpoint):
+        if self.state.is_main_process: write_json(dict(settings=self.settings, checkpoint=checkpoint, log=self.log, curve=self.curve), self.out / "resume.json")
 
 def _diverged(what, out): return FloatingPointError(f"{what}: the training diverged; lower lr, or clip and reward_scale; {out} keeps the last good state")
 
@@ -261,7 +262,7 @@ def train_grpo(
         trainer = type(Trainer.__name__, (Float32Outputs, Trainer), {})(model=network, reward_funcs=verifier, args=one_gpu(Arguments(**arguments)), train_dataset=prompt_dataset(task, problems), processing_class=tokenizer, callbacks=[rounds],
                           peft_config=lora_config(config.lora) if config.lora else None)
         for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
-        try: trainer.train(resume_from_checkpoint=str(out / "trainer" / known["checkpoint"]) if known else None)
+        try: trainer.train(resume_from_checkpoint=str(out / "trainer" / known["checkpoint"]) if known.get("checkpoint") else None)
         except RuntimeError as e:
             if "probability tensor" not in str(e): raise
             raise _diverged(f"the probabilities are no numbers in round {len(rounds.log) + 1}", out) from e

@@ -576,7 +576,7 @@ def _measure(run, bare, tokenizer, eval_tasks, n_eval, accelerator, trackers):
 def _report(run, row, bar, accelerator, trackers, main, out):
     "Adds a round to the log."
     run["log"].append(row)
-    bar.set_postfix(reward=f"{row['reward']:.2f}", success=f"{row['success']:.2f}", kl=f"{row['approx_kl']:.3f}")
+    bar.set_postfix(reward=f"{row['reward']:.2f}", success=f"{row['success']:.2f}", kl=f"{row['approx_kl']:.3f}", refresh=False)
     if trackers: accelerator.log({k: v for k, v in row.items() if k != "round"}, step=row["round"])
     if main: write_table(run["log"], out / "log.parquet")
 
@@ -628,7 +628,7 @@ def train_ppo(
             if (i + 1) % eval_every == 0 or i + 1 == config.iterations: measure()
             if i + 1 in keep: _save_policy(bare, tokenizer, out / f"round-{i + 1:05d}")
             stop = stop_after and i + 1 - first >= stop_after and i + 1 < config.iterations
-            if (i + 1) % config.save_every == 0 or stop: _keep(out, bare, optimizer, accelerator, dict(settings=settings, **run))
+            if (i + 1) % config.save_every == 0 or stop or i + 1 == config.iterations: _keep(out, bare, optimizer, accelerator, dict(settings=settings, **run))
             if stop: return pd.DataFrame(run["curve"])
         _save_policy(bare, tokenizer, out / "checkpoint")
         if main: write_table(run["curve"], out / "curve.parquet")

@@ -706,7 +706,7 @@ class _Bar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs): self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", leave=False)
     def on_step_end(self, args, state, control, **kwargs): self.bar.update(1)
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs: self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        if logs and "loss" in logs: self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
     def on_train_end(self, args, state, control, **kwargs): self.bar.close()
 
 # %% ../nbs/01_sft.ipynb #5492c50b

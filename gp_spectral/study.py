@@ -1125,6 +1125,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE"); os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")     # idle threads sleep; spinning, they starve the others
     os.environ.setdefault("MPLBACKEND", "Agg")
+    if not sys.stderr.isatty(): os.environ.setdefault("TQDM_MININTERVAL", "30")       # a log file wants a line now and then, not ten a second
     if argv and argv[0] in _ELSEWHERE: return import_module(f"gp_spectral.{_ELSEWHERE[argv[0]][0]}").main(argv)
     a = _parser().parse_args(argv)
     import warnings

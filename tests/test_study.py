@@ -51,6 +51,10 @@ def test_two_processes_share_the_seeds(finished, tmp_path):
         pd.testing.assert_frame_equal(one, all_[all_.seed == 0].reset_index(drop=True), check_exact=True)
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".lock")]
 
+def test_a_log_file_is_not_filled_with_progress(finished):
+    log = (finished.parent / "log.txt").read_text()
+    assert "SFT:   0%" in log and "1/12 [" not in log and log.count("\r") < 200
+
 def test_report_opens_offline(finished):
     page = (finished / "report.html").read_text()
     assert "src='http" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8

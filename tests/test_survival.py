@@ -162,9 +162,9 @@ FEW = dict(steps=3, points=1, n_eval=4, examples=16, batch_size=4, progress=Fals
 def sft_(out, model="tiny", task=ID, **more): return train_sft(model, out, task, **(FEW | more))
 def ppo_(out, model="tiny", task=ID, stop_after=None, keep=(), eval_tasks=None, **more):
     return train_ppo(model, out, task, PPOConfig(**(dict(iterations=2, samples=8, minibatch=8, epochs=1) | more)), eval_tasks, progress=False, stop_after=stop_after, keep=keep)
-def grpo_(out, model="tiny", task=ID, **more):
+def grpo_(out, model="tiny", task=ID, eval_every=10, **more):
     from gp_spectral.grpo import GRPOConfig, train_grpo
-    return train_grpo(model, out, task, GRPOConfig(**(dict(iterations=2, samples=8, generations=4, minibatch=8, epochs=1) | more)), progress=False)
+    return train_grpo(model, out, task, GRPOConfig(**(dict(iterations=2, samples=8, generations=4, minibatch=8, epochs=1) | more)), eval_every=eval_every, progress=False)
 OTHER = [("task", dict(task=GeneralPoints(target=25))), ("task", dict(task=GeneralPoints("faces_as_rank"))), ("task", dict(task=GeneralPoints(style="paper"))), ("task", dict(task=GeneralPoints(n_cards=3))), ("lr", dict(lr=5e-4))]
 
 def unfinished(train, out):
@@ -207,6 +207,18 @@ def test_killed_after_the_last_word(tmp_path, monkeypatch):
     assert {"settings.json", "resume.pt", "checkpoint"} <= {p.name for p in (tmp_path / "out").iterdir()}
     ppo_(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint", "curve.parquet", "log.parquet", "settings.json"]
+
+@pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
+def test_killed_before_the_last_word(tmp_path, train):
+    "The checkpoint is there and settings.json is not; of rounds between states to go on from, fewer have been than were asked for."
+    def stop(*a, **k): raise KeyboardInterrupt
+    seldom = {ppo_: dict(save_every=5), grpo_: dict(eval_every=5), sft_: {}}[train]
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        for module in (sft, ppo, grpo): m.setattr(module, "complete", stop)
+        train(tmp_path / "out", **seldom)
+    assert not (tmp_path / "out/settings.json").exists()
+    train(tmp_path / "out", **seldom)
+    assert (tmp_path / "out/settings.json").exists() and not list((tmp_path / "out").glob("resume*"))
 
 HOLD = "import sys, time\nfrom gp_spectral.sft import claimed\nwith claimed(sys.argv[1]) as ours: print(ours, flush=True); time.sleep(600)"
 
