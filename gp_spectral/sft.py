@@ -484,8 +484,9 @@ def claimed(
     wait=False,   # until it is free
 ):                # yields whether it is this run's alone: it stays so inside the `with`
     "Claims a folder for this process, or for all processes of one `accelerate launch`, which call it together."
-    folder, ours = Path(folder), [False]
-    lock, made = FileLock(folder.with_name(f".{folder.name}.lock")), []
+    folder, ours = Path(folder).resolve(), [False]
+    beside = os.access(folder.parent, os.W_OK) or not folder.exists()                # not so beside a mounted volume
+    lock, made = FileLock(folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock"), []
     if world().is_main_process:
         made = [p for p in folder.parents if not p.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -955,7 +955,7 @@ class _Progress:
             if stage == "ppo": return all((root / str(s) / f"{preset.rl}-{step:05d}").exists() for step in start_steps(preset))
             return (root / str(s) / stage).exists()
         self.all = [("", "taught")] * (preset.teach_steps > 0) + [(s, f) for s in range(seeds) for f in _STAGES]
-        self.left = [x for x in self.all if not finished(*x)]
+        self.finished, self.left = finished, [x for x in self.all if not finished(*x)]
 
     def start(self, preset):
         if not self.left: return
@@ -964,11 +964,12 @@ class _Progress:
         self.say((f"about {_span(self.to_go())} here. " if any(self.guess.values()) else "") + "Stop at any time: the same command goes on.", flush=True)
 
     def to_go(self):
-        "Seconds for what is left to this process: measured for kinds of stage that have been run here, else the estimate times the ratio seen so far."
+        "Seconds until all is done, other processes that are at a seed taking their share: measured for kinds of stage that have been run here, else the estimate times the ratio seen so far."
         mean = {k: sum(v) / len(v) for k, v in self.took.items()}
         seen = sum(self.guess.get(k, 0) for k in mean)
         ratio = sum(mean.values()) / seen if seen else 1.0
-        return sum(mean[f] if f in mean else ratio * self.guess.get(f, 0) for s, f in self.left if s not in self.others)
+        helpers = sum(not self.finished(s, _STAGES[-1]) for s in self.others)
+        return sum(mean[f] if f in mean else ratio * self.guess.get(f, 0) for s, f in self.left if s not in self.others) / (1 + helpers)
 
     def elsewhere(self, s):
         "Notes that another process is at a seed."

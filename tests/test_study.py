@@ -182,4 +182,9 @@ def test_forecast(tmp_path):
     (tmp_path / "taught").mkdir(); write_json(dict(seconds=2 * new.guess["taught"]), tmp_path / "taught" / "record.json")
     assert len(bar().left) == 10
     new.done("", "taught", tmp_path / "taught")
-    assert new.to_go() == pytest.approx(2 * (whole - new.guess["taught"])) and said[-1].startswith("base    taught")
+    rest = whole - new.guess["taught"]
+    assert new.to_go() == pytest.approx(2 * rest) and said[-1].startswith("base    taught")
+    new.elsewhere(0); new.elsewhere(0)                                                  # half of the seeds, and another process that takes its share
+    assert new.to_go() == pytest.approx(rest / 2) and said[-1] == "seed 0  another process is at it" != said[-2]
+    (tmp_path / "0/recovery").mkdir(parents=True)                                       # which then has done what it was at
+    assert new.to_go() == pytest.approx(rest)
