@@ -367,6 +367,8 @@ def hand_splits(
     return found
 
 # %% ../nbs/00_env.ipynb #7fca2538
+_LENGTHS = dict(compact=40, paper=512)     # tokens of an answer
+
 class GeneralPoints:
     "GeneralPoints under one rule: deals hands, asks, answers and verifies; also an environment with `reset` and `step`."
     def __init__(self,
@@ -384,9 +386,12 @@ class GeneralPoints:
         self.targets = tuple(range(target[0], target[1] + 1)) if isinstance(target, (tuple, list)) else (int(target),)
         if not self.targets: raise ValueError(f"target {target!r}: expected a number, or (low, high) with low not above high")
         self.faces = tuple(RULES[rule][f] for f in FACES)
-        self.max_new_tokens = max_new_tokens or (40 if style == "compact" else 512)
+        self.max_new_tokens = max_new_tokens or _LENGTHS[style]
 
-    def __repr__(self): return f"GeneralPoints({self.rule!r}, target={self.target}, n_cards={self.n_cards}, style={self.style!r})"
+    def __repr__(self):
+        usual = dict(attempts=5, split_seed=SPLIT_SEED, max_new_tokens=_LENGTHS[self.style])
+        more = "".join(f", {k}={getattr(self, k)}" for k, v in usual.items() if getattr(self, k) != v)
+        return f"GeneralPoints({self.rule!r}, target={self.target}, n_cards={self.n_cards}, style={self.style!r}{more})"
     def prompt(self, problem) -> str: "The user turn that asks for `problem`."; return STYLES[self.style][0](problem)
     def verify(self, problem, text) -> Feedback: "Judges the text of one attempt."; return verify(problem, text, self.style)
     def retry(self, feedback) -> str: "The user turn after a failed attempt."; return f"You failed this trial because {feedback.message}."

@@ -6,7 +6,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/ppo.html.md"""
 
 # %% auto #0
 __all__ = ['PPOConfig', 'Rollout', 'collate', 'rollout', 'ValueHead', 'ActorCritic', 'score', 'compute_gae', 'penalised',
-           'whiten', 'ppo_loss', 'my_rows', 'Experience', 'learning_rate', 'train_ppo', 'VLLMSampler']
+           'whiten', 'ppo_loss', 'my_rows', 'check_launch', 'Experience', 'learning_rate', 'train_ppo', 'VLLMSampler']
 
 # %% ../nbs/02_ppo.ipynb #9b427899
 import copy, dataclasses, math, os, shutil, time, warnings
@@ -80,7 +80,7 @@ class PPOConfig:
 _CHOICES = dict(level=("token", "turn"), value_head=("linear", "mlp", "model"), kl=("off", "loss", "reward"), precision=("auto", "no", "bf16"),
                 dtype=("float32", "bfloat16"))
 _RANGES = dict(above_zero=("temperature", "reward_scale", "clip", "importance_cap", "lr", "adam_eps", "max_grad_norm"),
-               counts=("iterations", "samples", "attempts", "epochs", "minibatch", "microbatch", "save_every"), counts_from_zero=("max_new_tokens", "lora"),
+               counts=("iterations", "samples", "attempts", "epochs", "minibatch", "microbatch", "save_every"), counts_from_zero=("max_new_tokens", "lora", "seed"),
                from_zero=("gamma", "lam", "value_coef", "value_clip", "entropy_coef", "kl_coef", "value_lr", "target_kl"))
 
 # %% ../nbs/02_ppo.ipynb #8ed885b3
@@ -324,12 +324,23 @@ def my_rows(
     return filled[rank::ranks], (torch.arange(n, device=rows.device) * ranks + rank) < len(rows)
 
 # %% ../nbs/02_ppo.ipynb #35efa55f
+def check_launch(
+    config,   # a `PPOConfig`
+):
+    "A `ValueError` where PPO cannot run as `accelerate launch` was told, as far as the environment says it."
+    said = lambda name: os.environ.get(name, "").lower()
+    if resolve_precision(config.precision) == "fp16": raise ValueError("train_ppo knows no fp16, which accelerate was launched with: --mixed_precision bf16, or no")
+    if said("ACCELERATE_USE_DEEPSPEED") == "true" and said("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3": raise ValueError(_NO_ZERO3)
+    if said("ACCELERATE_USE_FSDP") == "true" and said("FSDP_VERSION") in ("", "1"): raise ValueError(_NO_FSDP1)
+
+_NO_ZERO3 = "train_ppo cannot play with a model that DeepSpeed's ZeRO-3 has cut up: use configs/zero2.yaml or configs/fsdp2.yaml"
+_NO_FSDP1 = "train_ppo needs FSDP2: set fsdp_version: 2, as configs/fsdp2.yaml does"
+
 def _accelerator(config, trackers=(), folder=None):
     AcceleratorState._reset_state(True)                           # what a trainer of transformers left behind is made for its model, not for this one
     world()                                                       # comes first: it says how long processes wait for each other
-    precision = resolve_precision(config.precision)
-    if precision == "fp16": raise ValueError("train_ppo knows no fp16, which accelerate was launched with: --mixed_precision bf16, or no")
-    return Accelerator(cpu=_on_cpu(), mixed_precision=precision, log_with=list(trackers) or None, project_dir=folder and str(folder))
+    check_launch(config)
+    return Accelerator(cpu=_on_cpu(), mixed_precision=resolve_precision(config.precision), log_with=list(trackers) or None, project_dir=folder and str(folder))
 
 def _optimizer(net, config):
     "AdamW with two rates: one for the policy, one for what only the value function has."
@@ -343,10 +354,10 @@ def _prepare(net, config, accelerator):
     optimizer = _optimizer(net, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
-        if stage == 3: raise ValueError("train_ppo cannot play with a model that DeepSpeed's ZeRO-3 has cut up: use configs/zero2.yaml or configs/fsdp2.yaml")
+        if stage == 3: raise ValueError(_NO_ZERO3)
         accelerator.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=config.microbatch, gradient_clipping=config.max_grad_norm)
     if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2: raise ValueError("train_ppo needs FSDP2: set fsdp_version: 2, as configs/fsdp2.yaml does")
+        if not accelerator.is_fsdp2: raise ValueError(_NO_FSDP1)
         keep_float32(accelerator)
     prepared = accelerator.prepare(net, optimizer)
     gather_to_generate(net)

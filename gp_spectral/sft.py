@@ -13,7 +13,7 @@ __all__ = ['TINY', 'RULE_COLORS', 'resolve', 'load_model', 'world', 'resolve_pre
            'check_numbers', 'train_sft', 'pick', 'plot_curve']
 
 # %% ../nbs/01_sft.ipynb #55b64304
-import functools, gc, inspect, json, math, os, shutil, time, warnings
+import functools, gc, inspect, json, math, os, shutil, sys, time, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -387,7 +387,7 @@ def evaluate(
     "Greedy success on problems of a split, one row per problem."
     loaded = model if isinstance(model, tuple) else load_model(model)
     problems = task.problems(split, n, seed) if problems is None else problems
-    rows = [dict(checkpoint=name or ("" if isinstance(model, tuple) else str(model)), rule=getattr(task, "rule", ""), split=split, seed=seed,
+    rows = [dict(checkpoint=name or ("" if isinstance(model, tuple) else str(model)), rule=getattr(task, "rule", type(task).__name__), split=split, seed=seed,
                  problem=i, hand=getattr(e.problem, "key", str(i)), attempts=len(e.turns), solved=e.solved, solved_first=e.turns[0].feedback.solved,
                  reward=float(e.reward), error=e.turns[0].feedback.error)
             for i, e in enumerate(play(*loaded, task, problems, attempts, batch_size=batch_size, progress=progress, share=share))]
@@ -486,16 +486,21 @@ def claimed(
     "Claims a folder for this process, or for all processes of one `accelerate launch`, which call it together."
     folder, ours = Path(folder).resolve(), [False]
     beside = os.access(folder.parent, os.W_OK) or not folder.exists()                # not so beside a mounted volume
-    lock, made = FileLock(folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock"), []
-    if world().is_main_process:
-        made = [p for p in folder.parents if not p.exists()]
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock")
+    made, waiting = [p for p in folder.parents if not p.exists()], False
+    def attempt():
+        "True, False, or the error that came of it."
+        try: folder.parent.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=0)
+        except Timeout: return False
+        except OSError as e: return e
+        return True
     while True:
-        if world().is_main_process:
-            with suppress(Timeout): lock.acquire(timeout=0); ours = [True]
-        if world().num_processes > 1: broadcast_object_list(ours)
+        if world().is_main_process: ours = [attempt()]
+        if world().num_processes > 1: broadcast_object_list(ours)                   # an error too: nobody waits for one who has given up
+        if isinstance(ours[0], OSError): raise ours[0]
         if ours[0] or not wait: break
-        time.sleep(1)
+        if not waiting and world().is_main_process: print(f"waiting for {folder}: another run is at it (it holds {lock.lock_file})", file=sys.stderr, flush=True)
+        waiting = True; time.sleep(1)
     try: yield ours[0]
     finally:
         if lock.is_locked:
@@ -510,7 +515,7 @@ def one_at_a_time(train):
     @functools.wraps(train)
     def claiming(model, out, *args, **kwargs):
         with claimed(out) as ours:
-            if not ours: raise ValueError(f"{out} is being written by another run: wait until it has ended, or choose another folder")
+            if not ours: raise ValueError(f"{out} is being written by another run, which holds the hidden .lock file beside it: wait until it has ended, or choose another folder")
             return train(model, out, *args, **kwargs)
     return claiming
 

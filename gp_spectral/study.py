@@ -6,11 +6,12 @@ Docs: https://gp-spectral.github.io/gp_spectral/study.html.md"""
 
 # %% auto #0
 __all__ = ['PAIRS', 'NAMES', 'SUCCESS_HEAD', 'Preset', 'load_preset', 'versions', 'first', 'stage', 'share', 'tasks', 'BothRules',
-           'ppo_config', 'rl_config', 'start_steps', 'base_model', 'run_sft', 'run_rl', 'checkpoints', 'answer_loss',
-           'loss_curve', 'run_base', 'run_evaluations', 'run_spectra', 'recovery_plan', 'edit_name', 'run_recovery',
-           'stage_seconds', 'estimate', 'interval', 'verdict', 'two_way', 'contrast', 'fieller', 'claims', 'collect',
-           'plot_training', 'plot_success', 'plot_starts', 'plot_recovery_sizes', 'plot_recovery_bars', 'figures',
-           'plot_matrix', 'claims_rows', 'success_rows', 'write_report', 'read_preset', 'study', 'main']
+           'ppo_config', 'rl_config', 'fits_launch', 'start_steps', 'base_folder', 'base_model', 'run_sft', 'run_rl',
+           'checkpoints', 'answer_loss', 'loss_curve', 'run_base', 'run_evaluations', 'run_spectra', 'recovery_plan',
+           'edit_name', 'run_recovery', 'stage_seconds', 'estimate', 'interval', 'verdict', 'two_way', 'contrast',
+           'fieller', 'claims', 'collect', 'plot_training', 'plot_success', 'plot_starts', 'plot_recovery_sizes',
+           'plot_recovery_bars', 'figures', 'plot_matrix', 'claims_rows', 'success_rows', 'write_report', 'read_preset',
+           'study', 'main']
 
 # %% ../nbs/06_study.ipynb #674e6231
 import argparse, configparser, dataclasses, html, json, math, os, shutil, sys, time
@@ -179,7 +180,7 @@ def stage(
                 other = {k: (record[part].get(k), v) for k, v in asked[part].items() if record[part].get(k) != v} if part == "settings" else "its input checkpoints"
                 raise ValueError(f"{folder} was made with other {part} ({other}; then, now): give another --out, or delete that folder")
         return True
-    part, begun = folder.with_name(folder.name + ".part"), time.time()
+    part = folder.with_name(folder.name + ".part")
     note = part / "asked.json"
     def begin():
         if part.exists() and (not note.exists() or json.loads(note.read_text()) != asked): shutil.rmtree(part)
@@ -190,6 +191,7 @@ def stage(
         note.unlink()
         part.rename(folder)
     with claimed(folder, wait=True):
+        begun = time.time()
         if not made(): first(begin); make(part); first(finish)
     return folder
 
@@ -254,6 +256,17 @@ def rl_config(preset, seed):
     from gp_spectral.grpo import GRPOConfig
     return _config(GRPOConfig, preset, seed, generations=preset.grpo_generations)
 
+def fits_launch(preset):
+    "A `ValueError` where the preset's RL has settings that are wrong, or cannot run as `accelerate launch` was told."
+    from gp_spectral.sft import world
+    config = rl_config(preset, 0)
+    if preset.rl == "ppo":
+        from gp_spectral.ppo import check_launch
+        check_launch(config)
+    else:
+        from gp_spectral.grpo import check_launch
+        check_launch(config, world().num_processes)
+
 def start_steps(preset):
     "The SFT steps from which RL starts. The last may lie behind SFT_End: a model that was trained too long."
     return sorted({max(1, round(share * preset.sft_steps)) for share in preset.ppo_starts})
@@ -279,22 +292,27 @@ def _rl(preset, seed, model, folder, progress=True, trackers=()):
     return train_grpo(model, folder, t["ID"], config, method=preset.rl, **given)
 
 # %% ../nbs/06_study.ipynb #093d8432
-def base_model(preset, root, progress=True):
+def base_folder(preset, root):
     "The checkpoint that the study starts from: the preset's model, or what it has become when the preset has it taught the game first."
+    from gp_spectral.sft import resolve
+    return root / "taught" / f"step-{preset.teach_steps:05d}" if preset.teach_steps else resolve(preset.model)
+
+def base_model(preset, root, progress=True):
+    "The same, and teaches it if that has not been done."
     from gp_spectral.sft import resolve, train_sft
-    if not preset.teach_steps: return resolve(preset.model)
+    if not preset.teach_steps: return base_folder(preset, root)
     t = tasks(preset)
     def make(f):
         train_sft(preset.model, f, BothRules(t), t, steps=preset.teach_steps, batch_size=preset.sft_batch, microbatch=preset.sft_microbatch or None,
                   lr=preset.teach_lr, warmup=preset.sft_warmup, examples=preset.teach_examples, points=3, n_eval=preset.curve_problems, progress=progress,
                   **{k: getattr(preset, k) for k in _TEACHING})
     asked = _only(preset, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TEACHING)
-    return stage(root / "taught", asked, [resolve(preset.model)], make) / f"step-{preset.teach_steps:05d}"
+    stage(root / "taught", asked, [resolve(preset.model)], make)
+    return base_folder(preset, root)
 
 def run_sft(preset, seed, folder, progress=True, trackers=()):
     base = base_model(preset, folder.parent, progress)
     asked = _only(preset, "sft", "curve") | dict(seed=seed, steps=start_steps(preset))
-    del asked["sft_save_every"]                                              # how often it is kept changes nothing
     return stage(folder / "sft", asked, [base], lambda f: _sft(preset, seed, base, f, progress, trackers))
 
 def run_rl(preset, seed, folder, step, progress=True, trackers=()):
@@ -311,7 +329,7 @@ def checkpoints(preset, folder):
     curve = pd.read_parquet(folder / "sft" / "curve.parquet")
     picked = pick(curve[curve.step <= preset.sft_steps])                     # what comes after SFT_End is for C3 alone
     at = lambda step: folder / "sft" / f"step-{step:05d}"
-    found = dict(base=base_model(preset, folder.parent), max_ood=at(picked["max_ood"]), end=at(preset.sft_steps))
+    found = dict(base=base_folder(preset, folder.parent), max_ood=at(picked["max_ood"]), end=at(preset.sft_steps))
     for step in start_steps(preset):
         if step != preset.sft_steps: found[f"sft_{step}"] = at(step)
         found["rl" if step == preset.sft_steps else f"rl_{step}"] = folder / f"{preset.rl}-{step:05d}" / "checkpoint"
@@ -955,7 +973,7 @@ class _Progress:
             if stage == "ppo": return all((root / str(s) / f"{preset.rl}-{step:05d}").exists() for step in start_steps(preset))
             return (root / str(s) / stage).exists()
         self.all = [("", "taught")] * (preset.teach_steps > 0) + [(s, f) for s in range(seeds) for f in _STAGES]
-        self.finished, self.left = finished, [x for x in self.all if not finished(*x)]
+        self.finished, self.left, self.at = finished, [x for x in self.all if not finished(*x)], 0
 
     def start(self, preset):
         if not self.left: return
@@ -968,8 +986,12 @@ class _Progress:
         mean = {k: sum(v) / len(v) for k, v in self.took.items()}
         seen = sum(self.guess.get(k, 0) for k in mean)
         ratio = sum(mean.values()) / seen if seen else 1.0
-        helpers = sum(not self.finished(s, _STAGES[-1]) for s in self.others)
-        return sum(mean[f] if f in mean else ratio * self.guess.get(f, 0) for s, f in self.left if s not in self.others) / (1 + helpers)
+        helpers, cost = sum(not self.finished(s, _STAGES[-1]) for s in self.others), lambda f: mean[f] if f in mean else ratio * self.guess.get(f, 0)
+        return sum(cost(f) / (1 if s in ("", self.at) else 1 + helpers) for s, f in self.left if s not in self.others)
+
+    def here(self, s):
+        "Notes that this process is at a seed."
+        self.at = s; self.others.discard(s)
 
     def elsewhere(self, s):
         "Notes that another process is at a seed."
@@ -997,9 +1019,10 @@ def study(
     from gp_spectral.sft import claimed, resolve, resolve_precision, world, write_json
     name = preset if isinstance(preset, str) else "custom"
     chosen = load_preset(preset, overrides) if isinstance(preset, str) else preset
+    if overrides and not isinstance(preset, str): raise ValueError("overrides go with a preset's name: give a `Preset` what it is to say, dataclasses.replace(preset, …)")
     seeds = chosen.seeds if seeds is None else seeds
     if seeds < 1: raise ValueError(f"seeds is {seeds}: expected at least 1")
-    resolve(chosen.model); tasks(chosen); rl_config(chosen, 0); resolve_precision(chosen.precision)      # what is wrong is told before anything is trained
+    resolve(chosen.model); tasks(chosen); resolve_precision(chosen.precision); fits_launch(chosen)       # what is wrong is told before anything is trained
     root, alone = Path(out) / (name if chosen.rl == "ppo" else f"{name}-{chosen.rl}"), world().is_main_process
     progress = progress and alone
     say = print if progress else (lambda *a, **k: None)
@@ -1007,7 +1030,7 @@ def study(
     bar = _Progress(chosen, root, seeds, say); bar.start(chosen)
     if chosen.teach_steps: bar.done("", "taught", base_model(chosen, root, progress).parent)
     def one_seed(folder):
-        s = int(folder.name)
+        s = int(folder.name); bar.here(s)
         bar.done(s, "sft", run_sft(chosen, s, folder, progress, trackers))
         bar.done(s, "ppo", *[run_rl(chosen, s, folder, step, progress, trackers) for step in start_steps(chosen)])
         for what, run in (("evaluations", run_evaluations), ("spectra", run_spectra), ("recovery", run_recovery)):
@@ -1126,7 +1149,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE"); os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")     # idle threads sleep; spinning, they starve the others
     os.environ.setdefault("MPLBACKEND", "Agg")
-    if not sys.stderr.isatty(): os.environ.setdefault("TQDM_MININTERVAL", "30")       # a log file wants a line now and then, not ten a second
+    if not sys.stderr.isatty():                                                       # a log file wants a line now and then, not ten a second
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"): os.environ.setdefault(name, "30")
     if argv and argv[0] in _ELSEWHERE: return import_module(f"gp_spectral.{_ELSEWHERE[argv[0]][0]}").main(argv)
     a = _parser().parse_args(argv)
     import warnings
@@ -1135,11 +1159,11 @@ def main(argv=None):
     try: _run(a)
     except (ValueError, OSError, FloatingPointError) as e: print(f"gp-spectral {a.command}: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\nstopped; the same command goes on from here", file=sys.stderr); return 130
-    finally: _leave()
+    _leave()
     return 0
 
 def _leave():
-    "Takes leave of the other processes, if there are any: without it one of them may end with an abort."
+    "Takes leave of the other processes, if there are any: without it one of them may end with an abort. Not after an error: they may never come."
     if "torch.distributed" in sys.modules and "gp_spectral.sft" in sys.modules and int(os.environ.get("WORLD_SIZE", 1)) > 1: sys.modules["gp_spectral.sft"].end_world()
 
 # %% ../nbs/06_study.ipynb #317bd4dc

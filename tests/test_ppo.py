@@ -330,7 +330,7 @@ def test_checkpoints_at_chosen_rounds(tmp_path):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(ppo, "_keep", lambda *a: (states.append(a[-1]["round"]), keep(*a)))
         train_ppo("tiny", tmp_path / "long", ID, config, keep=(2, 4), progress=False)
-    assert states == [3] and sorted(p.name for p in (tmp_path / "long").glob("round-*")) == ["round-00002", "round-00004"]
+    assert states == [3, 4] and sorted(p.name for p in (tmp_path / "long").glob("round-*")) == ["round-00002", "round-00004"]
     short, last = load_model(tmp_path / "long/round-00002")[0].state_dict(), (tmp_path / "long/checkpoint/model.safetensors").read_bytes()
     assert (tmp_path / "long/round-00004/model.safetensors").read_bytes() == last
     train_ppo("tiny", tmp_path / "short", ID, dataclasses.replace(config, iterations=2), progress=False)

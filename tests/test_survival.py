@@ -6,7 +6,7 @@ from made import Parity
 from gp_spectral import grpo, ppo, sft
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo
-from gp_spectral.sft import TINY, load_model, train_sft
+from gp_spectral.sft import load_model, train_sft
 
 ID, OOD = GeneralPoints(), GeneralPoints("faces_as_rank")
 
@@ -175,7 +175,7 @@ def unfinished(train, out):
             for module in (sft, grpo): m.setattr(module, "complete", stop)
             train(out)
 
-@pytest.mark.parametrize("train", [sft_, ppo_])
+@pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
 def test_an_unfinished_run_is_not_gone_on_with_under_other_settings(tmp_path, train):
     unfinished(train, tmp_path / "out")
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*")}
@@ -219,6 +219,23 @@ def test_killed_before_the_last_word(tmp_path, train):
     assert not (tmp_path / "out/settings.json").exists()
     train(tmp_path / "out", **seldom)
     assert (tmp_path / "out/settings.json").exists() and not list((tmp_path / "out").glob("resume*"))
+
+@pytest.mark.parametrize("eval_tasks", [None, {"OOD": OOD}])
+def test_grpo_killed_twice(tmp_path, eval_tasks):
+    "Its log has every round once, and what it kept before the first kill is there after the second."
+    from gp_spectral.grpo import GRPOConfig, _Rounds, train_grpo
+    def go(kill_in):
+        def log(self, args, state, control, logs=None, **more):
+            if kill_in and len(self.log) + 1 == kill_in: raise KeyboardInterrupt
+            return keep(self, args, state, control, logs=logs, **more)
+        with pytest.MonkeyPatch.context() as m:
+            keep = _Rounds.on_log; m.setattr(_Rounds, "on_log", log)
+            train_grpo("tiny", tmp_path / "out", ID, GRPOConfig(iterations=6, samples=8, generations=4, minibatch=8, epochs=1), eval_tasks, eval_every=2, n_eval=4, progress=False)
+    for kill_in in (5, 5):
+        with pytest.raises(KeyboardInterrupt): go(kill_in)
+        assert json.loads((tmp_path / "out/resume.json").read_text())["checkpoint"] == "checkpoint-4"
+    go(None)
+    assert pd.read_parquet(tmp_path / "out/log.parquet")["round"].tolist() == [1, 2, 3, 4, 5, 6]
 
 HOLD = "import sys, time\nfrom gp_spectral.sft import claimed\nwith claimed(sys.argv[1]) as ours: print(ours, flush=True); time.sleep(600)"
 
