@@ -1,5 +1,5 @@
 "Two processes and one, launched with the files in configs/: DDP, FSDP2 and DeepSpeed over gloo, with generation before and between the updates, which is where FSDP2 goes wrong silently."
-import os, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from made import furthest
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from gp_spectral.sft import TINY
 
 SCRIPT = """
-import os, sys, warnings
+import json, os, sys, warnings
 import torch
 warnings.filterwarnings("ignore")
 from gp_spectral import sft
@@ -78,6 +78,17 @@ elif "rounded" in what: rounded()
 elif what == "both":                                            # as in a study: what the trainer of SFT leaves behind is not what PPO wants
     sft.train_sft("tiny", out + "/sft", ID, {"ID": ID, "OOD": OOD}, steps=2, points=1, n_eval=4, examples=32, batch_size=8, microbatch=2, lr=1e-6, progress=False)
     train_ppo("tiny", out + "/ppo", ID, PPOConfig(iterations=1, samples=8, minibatch=8, microbatch=2, dtype=sys.argv[4]), {"OOD": OOD}, 1, 4, progress=False)
+elif what == "study":
+    from pathlib import Path
+    import pandas as pd
+    from gp_spectral.study import checkpoints, first, load_preset, main, share, stage
+    root, ran = Path(out), []
+    def one(folder): ran.append(stage(folder / "sft", dict(seed=folder.name), [sft.TINY], lambda part: None))
+    share([root / "0", root / "1"], one)
+    assert ran == [root / "0/sft", root / "1/sft"]
+    first(lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(root / "0/sft/curve.parquet"))
+    first(lambda: checkpoints(load_preset("tiny", dict(teach_steps="1")), root / "0"))      # as for the report: by the first process alone
+    assert main(["sft", "tiny", "/proc/nowhere/out"]) == 2                                  # both are told
 elif "sft" in what:
     import time
     from transformers import trainer
@@ -95,7 +106,7 @@ elif what in ("grpo", "rloo"):
     policy = getattr(getattr(AcceleratorState(), "fsdp_plugin", None), "mixed_precision_policy", None)
     assert policy is None or policy.output_dtype is None and policy.reduce_dtype == torch.float32
 else:
-    train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **eval(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
+    train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **json.loads(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
 sft.end_world()
 """
 
@@ -109,7 +120,7 @@ def run(tmp_path, name, what, how=None, processes=2, precision="no", dtype="floa
     launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{how}.yaml", f"--num_processes={processes}", f"--mixed_precision={precision}", "--main_process_port=0"]
     start = [] if how is None else launch
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, *start, str(script), what, str(out), str(config), dtype], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([sys.executable, *start, str(script), what, str(out), json.dumps(config), dtype], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:4000]
     return out
 
@@ -140,6 +151,11 @@ def test_deepspeed_equals_one_process(tmp_path):
     assert (a.grad_norm - b.grad_norm).abs().max() < 1e-5 * a.grad_norm.max() and (a.grad_norm > 0.1).all()      # the norm before clipping, which has something to do
     for name in ("lr", "optimizer_steps", "reward", "length"): assert (a[name] == b[name]).all(), name
     with pytest.raises(AssertionError, match="ValueError: train_ppo cannot play .* ZeRO-3"): run(tmp_path, "three", "ppo", "zero3")
+
+def test_a_study_in_two_processes(tmp_path):
+    "They share seeds and stages as one; what one of them does alone waits for nobody; where one fails, both end."
+    out = run(tmp_path, "study", "study", "ddp")
+    assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["curve.parquet", "record.json", "record.json"]
 
 def test_the_trap_of_fsdp2(tmp_path):
     "After a pass without gradients FSDP2 leaves the outermost weights gathered, a copy that an optimizer step does not reach; `inference` shards them again."
