@@ -6,10 +6,11 @@ Docs: https://gp-spectral.github.io/gp_spectral/angles.html.md"""
 
 # %% auto #0
 __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS', 'SETUP', 'ROOM', 'BAND_COLORS', 'SIDE_MARKERS', 'principal_angles',
-           'band_size', 'band_slices', 'forced_zeros', 'random_angles', 'rounding_std', 'floor_angles',
-           'degenerate_cuts', 'verdict', 'band_angles', 'delta_energy', 'intruder_dimensions', 'Comparison',
-           'share_out', 'compare_all', 'read_comparison', 'compare', 'summary', 'angle_profile', 'plot_profile',
-           'plot_angles', 'plot_map', 'add_arguments', 'run_compare', 'print_comparison', 'main']
+           'band_size', 'band_slices', 'forced_zeros', 'random_angles', 'rounding_std', 'null_sigma', 'effective_dtype',
+           'floor_angles', 'degenerate_cuts', 'verdict', 'band_angles', 'delta_energy', 'intruder_dimensions',
+           'Comparison', 'share_out', 'tell_apart', 'compare_all', 'read_comparison', 'compare', 'summary',
+           'angle_profile', 'plot_profile', 'plot_angles', 'plot_map', 'Defaults', 'add_arguments', 'run_compare',
+           'print_comparison', 'main']
 
 # %% ../nbs/04_angles.ipynb #38524d61
 import argparse, json, os, shutil, sys, time, warnings
@@ -19,7 +20,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, preflight
+from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, preflight, with_base
 from .svd import (_CHOSEN, SPLIT, _by_numpy, _gram, _long_side, _mm, _plain_log, _sides, as_cache, change_row, choose_driver, factors,
                              looks_untrained, one_thread, relative_change, short_factors)
 import matplotlib.pyplot as plt
@@ -115,6 +116,21 @@ def rounding_std(
     "How large the error of storing a matrix in `dtype` is."
     return float((s.square().sum() / np.prod(shape) * 3 / (8 * np.log(2)) / 12).sqrt()) * 2.0 ** (1 - SIGNIFICANT_BITS[dtype])
 
+def null_sigma(
+    std,       # standard deviation of the error of one entry
+    shape,     # (m, n)
+) -> float:
+    "The largest singular value of the errors alone (Bai and Yin, 1993): a direction whose own is not above it is arbitrary."
+    return std * sum(n ** 0.5 for n in shape)
+
+def effective_dtype(
+    W,         # a matrix
+):             # bfloat16 or float16 where all its numbers are such, else its dtype
+    "What the entries of a matrix were really rounded to: weights are often stored wider than they were kept."
+    if W.dtype.itemsize <= 2: return W.dtype
+    fits = lambda X, d: torch.equal(X.to(d).to(X.dtype), X)
+    return next((d for d in (torch.bfloat16, torch.float16) if fits(W[:1], d) and fits(W, d)), W.dtype)
+
 @lru_cache(maxsize=16)
 def _noise(rows, k): return torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
 
@@ -175,10 +191,13 @@ def _turn(A, B):
 # %% ../nbs/04_angles.ipynb #ba3e679f
 def _band_rows(sides, s, t, slices, std):
     "The rows of `band_angles`; `sides`: {'U': (n, {band: A}, {band: B})}, and V."
-    found, moved, r = {}, relative_change(s, t)[0].abs(), len(s)
+    null = null_sigma(std, [n for n, *_ in sides.values()])
+    found, moved, r = {}, relative_change(s, t, zero=null)[0].abs(), len(s)
     outside = [n - r for n, *_ in sides.values()]
     for band, ranks in slices.items():
         floors = floor_angles(s, ranks, std, outside) if std else [torch.zeros(ranks.stop - ranks.start)] * 2
+        if std and (s[ranks] > 2 * t[ranks]).any():              # the other has lost directions here: then its own are the less certain
+            floors = [torch.maximum(x, y) for x, y in zip(floors, floor_angles(t, ranks, std, outside))]
         sigma, edges = moved[ranks], degenerate_cuts(s, ranks, std)   # ranks that are zero sit at the end, and are left out
         for (side, (n, A, B)), floor in zip(sides.items(), floors):
             k = ranks.stop - ranks.start
@@ -188,7 +207,9 @@ def _band_rows(sides, s, t, slices, std):
             row = dict(side=side, band=band, k=k, n=n, mean=float(angles.mean()), median=float(np.median(angles)), max=float(angles.max()),
                        floor=float(floor.mean()), floor_max=float(floor.max()), random_mean=float(chance.mean()), forced_zeros=zeros,
                        degenerate=edges > 0, sigma_change=float(sigma.mean()) if len(sigma) else np.nan)
-            found[side, band] = row | dict(verdict=verdict(row["mean"], row["floor"], row["random_mean"], edges * np.pi / 2 / max(1, k - zeros)))
+            nothing = row["mean"] > 0 and min(s[ranks.start], t[ranks.start]) <= null       # no direction of the band is more than rounding
+            said = "undefined" if nothing else verdict(row["mean"], row["floor"], row["random_mean"], edges * np.pi / 2 / max(1, k - zeros))
+            found[side, band] = row | dict(verdict=said)
     return [found[side, band] for side in sides for band in slices]
 
 # %% ../nbs/04_angles.ipynb #f32431b7
@@ -242,9 +263,9 @@ class Comparison(NamedTuple):
     changes: pd.DataFrame    # base, other, matrix, layer, kind, `change_row`, unchanged (share of equal elements), untrained, `delta_energy`, intruders_U, intruders_V
 
 def _floor_dtype(c, m, W):
-    "What the entries of a matrix were rounded to: the stored dtype; float32 where an adapter was laid over it."
+    "What the entries of a matrix were rounded to: the stored dtype, or a narrower one that holds them all; float32 where an adapter was laid over it."
     stored = c.dtype(m.tensor or m.name)
-    return stored if stored.itemsize == 1 else W.dtype
+    return stored if stored.itemsize == 1 else effective_dtype(W)
 
 class _Known(NamedTuple):
     "A matrix of one checkpoint and what is known of it; as if it were tall."
@@ -287,7 +308,7 @@ def _change(a, b, shape, fraction, details):
     "The row of `changes` for one matrix of two checkpoints, without its head."
     delta = b.X - a.X
     size = _norm(delta)
-    row = change_row(a.s, b.s, shape, size) | dict(unchanged=1 - int(torch.count_nonzero(delta)) / delta.numel())
+    row = change_row(a.s, b.s, shape, size, null_sigma(a.std, shape)) | dict(unchanged=1 - int(torch.count_nonzero(delta)) / delta.numel())
     if not details: return row
     return row | dict(untrained=looks_untrained(b.s, shape) or looks_untrained(a.s, shape)) | _details(a, b, delta, size, fraction, shape[0] >= shape[1])
 
@@ -366,7 +387,7 @@ def _own_name(c): return c.path.resolve().name if c.label == c.path.resolve().na
 
 def _renamed(c, label): c = copy(c); c.label = label; return c
 
-def _tell_apart(cs):
+def tell_apart(cs):
     "The checkpoints under labels that differ: folders of one name get as many of the folders above in front as it takes."
     who = [(c.path.resolve(), c.base.path.resolve() if c.base else None) for c in cs]
     groups = {}
@@ -389,11 +410,11 @@ def _world():
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     return state.process_index, state.num_processes, state
 
-def _workers(shapes, count, wide=True, size=0):
+def _workers(shapes, count, wide=True, size=0, checkpoints=2):
     "How many matrices to work on at once: one per core of this process's share, as long as the memory of `_room` holds them."
     import psutil
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    each = max(8 * ((6 if wide else 3) * max(x) * min(x) + 4 * min(x) ** 2) for x in shapes)
+    each = max(8 * ((6 if wide else 3) * max(x) * min(x) + 4 * min(x) ** 2) for x in shapes) * checkpoints / 2     # a matrix of each is held at once
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = psutil.virtual_memory().available / 4 / local
     return int(max(1, min(cores // local, count, free // each, (_room(size) / local - SETUP) // each)))
@@ -428,6 +449,11 @@ def _gather(out, results, count):
     return Comparison(*(pd.DataFrame([row for result in results for row in result[k]]) for k in (0, 1)))
 
 # %% ../nbs/04_angles.ipynb #dfe07e96
+def _there(device):
+    "A `ValueError` where there is no such device."
+    try: torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
+
 def compare_all(
     checkpoints,     # `Checkpoint`s, paths or hub names
     pairs=None,      # (i, j) positions in `checkpoints`; default: the first with each of the others
@@ -443,15 +469,17 @@ def compare_all(
     workers=None,    # matrices at once; default: one per core, as memory allows
 ) -> Comparison:     # (angles, changes)
     "Compares checkpoints, each matrix of each decomposed once; warns of matrices that look untrained and pairs that look unrelated."
-    cs = _tell_apart([as_checkpoint(c) for c in checkpoints])
+    cs = tell_apart([as_checkpoint(c) for c in checkpoints])
     pairs = [(0, j) for j in range(1, len(cs))] if pairs is None else [tuple(p) for p in pairs]
     if not pairs: raise ValueError("nothing to compare: give at least two checkpoints")
     for i, j in pairs: preflight(cs[i], cs[j], kinds)
     found = cs[pairs[0][0]].matrices(kinds, layers, heads=heads)
     band_slices(2, fraction)                                        # a bad fraction is told before the work
+    if workers is not None and workers < 1: raise ValueError(f"workers is {workers}: expected at least 1")
     rank, ranks, state = _world()
     if ranks > 1 and out is None: raise ValueError("several processes share their work through a folder: give `out`")
     if device is None: device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    _there(device)
     out, made = _begin(cs, pairs, found, fraction, details, device, out, state)
     if out is not None and (out / "angles.parquet").is_file() and (out / "changes.parquet").is_file(): return read_comparison(out)
     hand = share_out([_cost(m.shape) for m in found], ranks)[rank]
@@ -473,8 +501,8 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
     results, part = [None] * len(found), lambda i: out / "parts" / f"{i:06d}.json"
     todo = [i for i in hand if out is None or not part(i).is_file()]
     costs, begun = {i: _cost(found[i].shape) for i in hand}, time.time()
-    wide = any(_floor_dtype(c, found[i], torch.empty(0)).itemsize > 2 for c in cs for i in todo)
-    workers = workers or (_workers([found[i].shape for i in todo], len(todo), wide, min(map(_size, cs))) if todo and device == "cpu" else 1)
+    wide = any(c.dtype(found[i].tensor or found[i].name).itemsize > 2 for c in cs for i in todo)
+    workers = workers or (_workers([found[i].shape for i in todo], len(todo), wide, min(map(_size, cs)), len(cs)) if todo and device == "cpu" else 1)
     total = sum(costs.values())
     bar = tqdm(total=total, initial=total - sum(costs[i] for i in todo), desc=f"0/{len(hand)} matrices", disable=not progress, leave=False,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
@@ -647,15 +675,20 @@ def plot_map(
     return ax
 
 # %% ../nbs/04_angles.ipynb #10554e3f
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    "Says in the help what an argument is when it is not given, where that is a value."
+    def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
 def add_arguments(parser):
     "The arguments of `compare`, for `gp-spectral` and `python -m gp_spectral.angles`."
     a = parser.add_argument
-    a("checkpoints", nargs="+", help="the base, then what was made of it: folders hub names (org/name) or 'tiny', full models or LoRA adapters")
+    a("checkpoints", nargs="+", help="the base, then what was made of it: folders, hub names (org/name) or 'tiny', full models or LoRA adapters")
     a("--out", default="comparison", help="folder for tables and pictures; finished matrices survive there when it is stopped")
     a("--fraction", type=float, default=0.2, help="size of head, bulk and tail, a share of the ranks")
     a("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
-    a("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given")
+    a("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
     a("--heads", action="store_true", help="attention head by attention head")
+    a("--base", help="what adapters are laid over, where it is not to be found under the name in adapter_config.json")
     a("--all-pairs", action="store_true", help="compare each with each; else the first with each of the others")
     a("--no-details", action="store_true", help="angles only, without the energy of the change and intruder dimensions")
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
@@ -663,14 +696,22 @@ def add_arguments(parser):
     a("--device", help="cpu or cuda; default: a GPU if there is one"); a("--workers", type=int, help="matrices at once; default: one per core, as memory allows")
     return parser
 
+def _shortened(notes):
+    "Notes that say the same of several tensors as one."
+    said = {}
+    for note in notes:
+        name, _, text = note.partition(": ")
+        said.setdefault(text, []).append(name)
+    return [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}" for text, names in said.items()]
+
 def run_compare(a) -> Comparison:
     "Compares as the parsed arguments say, prints what was found, and writes tables and pictures."
     if len(a.checkpoints) < 2: raise ValueError("compare needs at least two checkpoints: the base, then the others")
-    cs = [Checkpoint(c) for c in a.checkpoints]
+    cs = [with_base(c, a.base) for c in a.checkpoints]
     rank, begun = int(os.environ.get("RANK", 0)), time.time()
     if rank == 0:
         for c in cs[1:]:
-            for note in preflight(cs[0], c, a.kinds): print(f"note: {note}")
+            for note in _shortened(preflight(cs[0], c, a.kinds)): print(f"note: {note}")
     pairs = [(i, j) for j in range(len(cs)) for i in range(j)] if a.all_pairs else None
     cache = dict(auto=True, none=False).get(a.cache, a.cache)
     found = compare_all(cs, pairs, a.fraction, a.kinds, a.layers, True, a.heads, not a.no_details, cache, a.out, a.device, a.workers)
@@ -695,9 +736,13 @@ def print_comparison(found, most=5):
         print(f"\n{base} → {other}: {turned} of {t.matrix.nunique()} matrices turned beyond storage noise in some band; "
               f"σ changed by {changes.mean_abs_change.median():.2%}, the weights by {changes.weight_change.median():.2%}, "
               f"{changes.unchanged.median():.1%} of the numbers are equal (medians over matrices)")
-        if changes.unchanged.median() > 0.5: print("  most stored numbers are equal: a small angle may be an update that storage has swallowed, and the floor is too high for it")
+        if changes.unchanged.median() > 0.5 and changes.unchanged.min() < 1: print("  most stored numbers are equal: a small angle may be an update that storage has swallowed, and the floor is too high for it")
+        nothing = t[(t.verdict == "undefined") & np.isfinite(t["mean"])]
+        if len(nothing): print(f"  {len(nothing)} of {len(t)} rows are undefined: in one of the two, no direction of the band is more than rounding (first: {nothing.matrix.iloc[0]} {nothing.side.iloc[0]} {nothing.band.iloc[0]})")
         if not turned: continue
         show(summary(t, by="kind").drop(columns=["base", "other"]))
+        by_layer = summary(t[t.band == "head"].dropna(subset="layer"), by="layer")
+        if len(by_layer) > 1: print("  mean head angle, layer by layer: " + ", ".join(f"{int(x.layer)}: {x.angle:.3g}°" for x in by_layer.itertuples()))
         print("  angle, floor, random: mean principal angles in degrees; floor: what storage alone would cause; rotated: share of rows above it")
         top = t[rotated].assign(ratio=t["mean"] / t.random_mean).nlargest(most, "ratio")
         print("  furthest, relative to random subspaces:")
@@ -714,7 +759,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     named = argv[:1] in (["compare"], ["angles"])
     name = f"gp-spectral {argv[0]}" if named else "python -m gp_spectral.angles"
-    parser = argparse.ArgumentParser(prog=name, description="Which matrices, layers and bands turned, and is it more than noise?")
+    warnings.formatwarning = lambda message, *a, **k: f"note: {message}\n"          # a person reads these
+    parser = argparse.ArgumentParser(prog=name, description="Which matrices, layers and bands turned, and is it more than noise?", formatter_class=Defaults)
     a = add_arguments(parser).parse_args(argv[named:])
     try: run_compare(a)
     except (ValueError, OSError) as e: print(f"gp-spectral compare: {e}", file=sys.stderr); return 2

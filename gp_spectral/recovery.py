@@ -12,7 +12,7 @@ __all__ = ['THIN', 'METHODS', 'CHUNK', 'METHOD_STYLES', 'chosen_ranks', 'Edit', 
 # %% ../nbs/05_recovery.ipynb #a96125da
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, describe, layer_range, preflight
 from .svd import Factors, factorize, factors as factors_of
-from .angles import band_size, principal_angles
+from .angles import band_size, null_sigma, principal_angles, rounding_std
 import hashlib, inspect, json, math, os, shutil, tempfile, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -44,6 +44,7 @@ def chosen_ranks(
     "How many leading, trailing and middle ranks `top`, `tail` and `bulk` mean."
     head, end, mid = (_number(r, name, x) for name, x in (("top", top), ("tail", tail), ("bulk", bulk)))
     if head + end == r + 1 and isinstance(top, float) and isinstance(tail, float) and top + tail <= 1: end -= 1   # both were rounded up
+    if mid and isinstance(bulk, float) and 0 < mid - (r - 2 * max(head, end)) <= 2 and top + tail + bulk <= 1 + 1e-9: mid = r - 2 * max(head, end)   # likewise
     if head + end > r or mid > r: raise ValueError(f"top, tail and bulk ask for {head}, {end} and {mid} ranks of {r}")
     if mid and (_middle(r, mid).start < head or _middle(r, mid).stop > r - end):
         raise ValueError(f"bulk asks for the {mid} ranks in the middle of {r}, which overlap the {head} of top or the {end} of tail")
@@ -377,7 +378,7 @@ def _takes(method): return inspect.signature(METHODS[method]).parameters
 
 def _check_method(method, like, alpha):
     if method not in METHODS: raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}, or reset (for whole layers)")
-    if method == "interpolate" and alpha is None: raise ValueError("method 'interpolate' needs alpha, between 0 (the target) and 1 (the donor)")
+    if method == "interpolate" and alpha is None: raise ValueError("method 'interpolate' needs alpha: 0 is the target, 1 the donor")
     if "norm" in _takes(method) and like != "donor" and (like not in METHODS or {"norm", "alpha"} & set(_takes(like))):
         raise ValueError(f"like = {like!r}: expected 'donor' (the whole way) or a method with an edit of its own, "
                          f"{', '.join(m for m in METHODS if not {'norm', 'alpha'} & set(_takes(m)))}")
@@ -412,7 +413,7 @@ def certificate(
     edit=None,          # the `Edit`, when there is one
     certify="full",     # 'full': decompose the result; 'quick': bound the change of σ, no angle of the result
 ) -> dict:              # sigma_change, sigma_change_of_norm, sigma_bound, head_angle_before, head_angle (radians), orthogonality, edit_norm, ...
-    "What an edit did, measured on its result; None for what was not measured. Further: edit, distance (both Frobenius), changed, elements."
+    "What an edit did, measured on its result; None for what was not measured. Further: edit, distance (both Frobenius), changed, elements; null_ranks, how many of the donor's chosen directions are no more than rounding; cosine of target and donor."
     if certify not in ("full", "quick"): raise ValueError(f"certify = {certify!r}: expected 'full' or 'quick'")
     b, d = factors or (factorize(before), factorize(donor))
     W, X, same, full = before.double(), after.double(), torch.equal(before, after), certify == "full"
@@ -421,7 +422,9 @@ def certificate(
         sides = [pair for c in _bands(r, top, tail, bulk) for pair in ((x.U[:, c], d.U[:, c]), (x.Vh[c].T, d.Vh[c].T))]
         return max((float(principal_angles(p, q).max()) for p, q in sides), default=0.0)
     size, distance = float((X - W).norm()), float((donor.double() - W).norm())
-    found = dict(sigma_change=None, sigma_change_of_norm=None, sigma_bound=None, head_angle_before=turn(b), head_angle=None, orthogonality=None,
+    null = int((torch.cat([d.s[c] for c in _bands(r, top, tail, bulk)] or [d.s[:0]]) <= null_sigma(rounding_std(d.s, donor.shape, donor.dtype), donor.shape)).sum())
+    lengths = float(b.s.square().sum().sqrt()), float(d.s.square().sum().sqrt())
+    found = dict(null_ranks=null, cosine=(lengths[0] ** 2 + lengths[1] ** 2 - distance ** 2) / (2 * lengths[0] * lengths[1]) if all(lengths) else 0.0, sigma_change=None, sigma_change_of_norm=None, sigma_bound=None, head_angle_before=turn(b), head_angle=None, orthogonality=None,
                  edit_norm=size / distance if distance else 0.0, edit=size, distance=distance, changed=int((after != before).sum()), elements=before.numel())
     if edit is not None:
         meant = edit.meant()
@@ -488,7 +491,10 @@ def _job(target, donor, method, layers, kinds, cache, certify, **options):
     notes = preflight(target, donor, kinds)
     if method == "reset": layer_range(layers, target.n_layers); return _Job(target, donor, method, options, [], cache, certify), notes
     job = _Job(target, donor, method, options, target.matrices(kinds, layers), cache, certify)
-    for m in job.matrices: chosen_ranks(min(m.shape), **job.ranks())
+    for m in job.matrices:
+        try: chosen_ranks(min(m.shape), **job.ranks())
+        except ValueError as e: raise ValueError(f"{m.name}, {m.shape[0]} × {m.shape[1]}: {e}") from e
+    if target.config.get("auto_map"): notes = [*notes, f"config.json of {target.label} names code of its own (auto_map), and code is not copied: copy its .py files by hand"]
     return job, notes
 
 # %% ../nbs/05_recovery.ipynb #641803c9
@@ -561,7 +567,7 @@ def recover(
     tail=0.0,           # trailing ranks, likewise
     layers=None,        # see `layer_range`: None (all), 'first 25%', 'last 2', '0-3', [0, 1]
     kinds=None,         # see `Checkpoint.matrices`
-    alpha=None,         # for 'interpolate': 0 target, 1 donor
+    alpha=None,         # for 'interpolate': 0 target, 1 donor, beyond them extrapolation
     like="anchored",    # for 'interpolate_to_norm' and 'random': whose edit norm is matched, matrix by matrix; 'donor' for all of donor - target
     seed=0,             # for 'random'
     progress=True,      # a progress bar over matrices
@@ -585,9 +591,20 @@ def recover(
             if row["changed"]: job.target.write(part, m, after)
             rows.append(row)
         _write_record(part, job, layers, kinds, notes, rows)
+    _doubts(job, rows)
     return Path(out)
 
 # %% ../nbs/05_recovery.ipynb #f0405778
+def _doubts(job, rows):
+    "Warns of a donor that cannot be meant."
+    null = {r["matrix"]: r["null_ranks"] for r in rows if r.get("null_ranks") and r["restored"]}
+    if null:
+        name, n = next(iter(null.items()))
+        warnings.warn(f"{job.donor.label} has directions that are no more than rounding among those that were restored ({n} in {name}, {len(null)} matrices in all): they are arbitrary", stacklevel=3)
+    cosines = [r["cosine"] for r in rows if "cosine" in r]
+    if cosines and np.median(cosines) < 0.1:       # a fine-tuned matrix is near its base; two trainings from different seeds have a cosine near 0
+        warnings.warn(f"{job.target.label} and {job.donor.label} look unrelated (median cosine of their matrices {np.median(cosines):.2f}): is the donor an earlier checkpoint of the same model?", stacklevel=3)
+
 def _root(values): return float(np.sqrt(sum(v * v for v in values)))
 def _largest(rows, key): return max((r[key] for r in rows if r.get(key) is not None), default=None)
 
@@ -689,6 +706,12 @@ def _lora_part(job, m, rank, dtype):
     return row | dict(lora_rank=B.shape[1], lora_edit=size, lora_error=lost / size if size else 0.0), B, A
 
 # %% ../nbs/05_recovery.ipynb #15d176d7
+def _name_for_peft(path):
+    "How an adapter's config names a base: a folder of the hub's cache by the hub's name and revision, which others can find, too."
+    path = path.resolve()
+    if path.parent.name != "snapshots" or not path.parents[1].name.startswith("models--"): return dict(base_model_name_or_path=str(path))
+    return dict(base_model_name_or_path=path.parents[1].name.removeprefix("models--").replace("--", "/"), revision=path.name)
+
 def _write_adapter(part, job, layers, kinds, notes, progress, dtype, rank):
     if job.method == "reset":
         raise ValueError("reset replaces norms and biases too, which an adapter cannot hold: use method='interpolate', alpha=1.0 with layers=")
@@ -712,7 +735,7 @@ def _write_adapter(part, job, layers, kinds, notes, progress, dtype, rank):
     save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
     arch, default = job.target.config["architectures"][0], max(ranks.values())
     task = "SEQ_2_SEQ_LM" if job.target.config.get("is_encoder_decoder") else "CAUSAL_LM" if "LM" in arch else None
-    config = dict(peft_type="LORA", task_type=task, base_model_name_or_path=str(job.target.path.resolve()), inference_mode=True, r=default, lora_alpha=default,
+    config = dict(peft_type="LORA", task_type=task, **_name_for_peft(job.target.path), inference_mode=True, r=default, lora_alpha=default,
                   target_modules=sorted(ranks), rank_pattern=ranks, alpha_pattern=ranks, fan_in_fan_out=any(modules[places[t]] == "Conv1D" for t in parts),
                   bias="none", lora_dropout=0.0, init_lora_weights=True, use_rslora=False, use_dora=False)
     (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1091,9 +1091,9 @@ def _parser():
         c = with_training(with_preset(command(name, text, ("model", "checkpoint folder to start from, 'tiny' or 'smollm2'"), ("out", "folder to write")))); c.add_argument("--seed", type=int, default=0, help="of data and sampling")
         if name == "ppo": with_rl(c)
     c = with_preset(command("evaluate", "success of checkpoints under both rules", ("checkpoints+", "checkpoint folders, or 'tiny'")))
-    c.add_argument("--split", default="test", help="split of the hands: pretrain, train, validation or test"); c.add_argument("--table", help="also write the rows to this .parquet file")
+    c.add_argument("--split", default="test", help="split of the hands: pretrain, train, validation or test"); c.add_argument("--table", help="also write the rows to this .csv or .parquet file")
     c = command("spectrum", "singular values of checkpoints", ("checkpoints+", "checkpoint folders"))
-    c.add_argument("--table", help="also write the rows to this .parquet file"); c.add_argument("--plot", help="also draw to this .png file")
+    c.add_argument("--table", help="also write the rows to this .csv or .parquet file"); c.add_argument("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")
     c.add_argument("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given"); c.add_argument("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given")
     for name, (module, text) in _ELSEWHERE.items(): sub.add_parser(name, help=text, add_help=False)
     return p
@@ -1124,10 +1124,15 @@ def _run_evaluate(a):
 
 def _run_spectrum(a):
     import pandas as pd
+    from gp_spectral.angles import tell_apart
+    from gp_spectral.checkpoint import as_checkpoint
     from gp_spectral.svd import plot_spectrum, spectrum
-    table = pd.concat([spectrum(c, a.kinds, a.layers) for c in a.checkpoints])
+    cs = tell_apart([as_checkpoint(c) for c in a.checkpoints])
+    table = pd.concat([spectrum(c, a.kinds, a.layers) for c in cs])
     _show(table.groupby(["checkpoint", "matrix"], sort=False).sigma.agg(ranks="size", largest="max", median="median", smallest="min").reset_index())
-    if a.plot: plot_spectrum(table).figure.savefig(a.plot, dpi=150, bbox_inches="tight"); print(f"picture written to {a.plot}")
+    if a.plot:
+        name = table.matrix.iloc[0]
+        plot_spectrum(table, name, shape=cs[0].find(name).shape).figure.savefig(a.plot, dpi=150, bbox_inches="tight"); print(f"picture of {name} written to {a.plot}")
     return table
 
 def _run(a):
@@ -1141,7 +1146,7 @@ def _run(a):
         _show(_rl(_preset_of(a)[0], a.seed, a.model, a.out, trackers=a.trackers))
         return print(f"checkpoint: {a.out}/checkpoint; log: {a.out}/log.parquet")
     table = _run_evaluate(a) if a.command == "evaluate" else _run_spectrum(a)
-    if a.table: table.to_parquet(a.table); print(f"rows written to {a.table}")
+    if a.table: table.to_csv(a.table, index=False) if a.table.endswith(".csv") else table.to_parquet(a.table); print(f"rows written to {a.table}")
 
 # %% ../nbs/06_study.ipynb #6fc2386d
 def main(argv=None):
@@ -1151,9 +1156,10 @@ def main(argv=None):
     os.environ.setdefault("MPLBACKEND", "Agg")
     if not sys.stderr.isatty():                                                       # a log file wants a line now and then, not ten a second
         for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"): os.environ.setdefault(name, "30")
+    import warnings
+    warnings.formatwarning = lambda message, *a, **k: f"note: {message}\n"           # a person reads these
     if argv and argv[0] in _ELSEWHERE: return import_module(f"gp_spectral.{_ELSEWHERE[argv[0]][0]}").main(argv)
     a = _parser().parse_args(argv)
-    import warnings
     warnings.filterwarnings("ignore", category=FutureWarning)
     if int(os.environ.get("RANK", 0)): sys.stdout = open(os.devnull, "w")        # one process speaks
     try: _run(a)

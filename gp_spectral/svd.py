@@ -328,10 +328,11 @@ def relative_change(
     before,        # (r,) singular values, descending
     after,         # (r,) singular values, descending
     shape=None,    # of the matrix; sets what counts as zero, with float64's rounding
+    zero=0.0,      # what counts as zero in any case, for instance what storage rounds to
 ) -> tuple:        # (after - before) / before where before is not zero, and the number of ranks left out
     "Relative change of singular values, matched by rank; ranks whose `before` is zero to rounding are left out and counted."
     b, a = torch.as_tensor(before, dtype=torch.float64), torch.as_tensor(after, dtype=torch.float64)
-    ok = b > torch.finfo(torch.float64).eps * max(shape or b.shape) * b.max()
+    ok = b > max(zero, torch.finfo(torch.float64).eps * max(shape or b.shape) * float(b.max()))
     return (a[ok] - b[ok]) / b[ok], int((~ok).sum())
 
 # %% ../nbs/03_svd.ipynb #27c9c4d5
@@ -340,9 +341,10 @@ def change_row(
     t,        # (r,) singular values of the other's
     shape,    # (m, n) of both
     moved,    # Frobenius norm of the difference of the two matrices
+    zero=0.0, # singular values of the base up to here count as zero
 ) -> dict:    # mean_abs_change, max_abs_change, zero_ranks, weight_change, and effective_rank, stable_rank, spectral_norm of both
     "One line of `sigma_change`."
-    change, zeros = relative_change(s, t, shape)
+    change, zeros = relative_change(s, t, shape, zero)
     norm = float(s.square().sum().sqrt())
     return dict(mean_abs_change=float(change.abs().mean()) if len(change) else np.nan,
         max_abs_change=float(change.abs().max()) if len(change) else np.nan, zero_ranks=zeros,

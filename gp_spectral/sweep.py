@@ -8,12 +8,12 @@ Docs: https://gp-spectral.github.io/gp_spectral/sweep.html.md"""
 __all__ = ['SWEEP_BANDS', 'sweep_matrix', 'sweep', 'score_command', 'SearchResult', 'search', 'main']
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
-from .checkpoint import Checkpoint, CheckpointError
-from .angles import _norm
+from .checkpoint import Checkpoint, CheckpointError, with_base
+from .angles import Defaults, _norm
 from .svd import factorize, singular_values
 from .recovery import (METHODS, THIN, _TURN, _add, _bands, _bar, _check, _job, _new_folder, _root, _taken, _takes, _whole_way, _write_record, chosen_ranks,
                                   edit_factors, recover, recovery_record)
-import argparse, hashlib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time
+import argparse, hashlib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time, warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -188,7 +188,7 @@ def _swept_folders(job, ks, band, whole, progress, part, layers, kinds, notes, s
     for k, folder in folders.items():
         asked = job._replace(options=job.options | {name: k for name in SWEEP_BANDS[band]})
         _write_record(folder, asked, layers, kinds, notes, rows[rows.k == k].drop(columns="k").replace({np.nan: None}).to_dict("records"), whole=whole)
-    if score: table["score"] = [_scored(score, folders[k]) for k in tqdm(table.k, desc="score", disable=not progress, leave=False)]
+    if score: table["score"] = _scores_of(score, {k: folders[k] for k in table.k}, progress)
     table.to_csv(part / "sweep.csv", index=False)
     return (table, rows) if matrices else table
 
@@ -208,12 +208,12 @@ def _swept(job, ks, band, whole, progress, folders, matrices):
     return (pd.DataFrame(table), rows) if matrices else pd.DataFrame(table)
 
 # %% ../nbs/05a_sweep.ipynb #88e10fed
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+|\binf(?:inity)?\b|\bnan\b)(?:e[-+]?\d+)?", re.IGNORECASE)
 
 def score_command(
     template,      # for instance "python my_score.py {folder}"
 ) -> Callable:     # folder -> float
-    "A score from a command line: the last number it prints. No shell is involved."
+    "A score from a command line: the number on the last line it prints, which must hold just one. No shell is involved."
     words = shlex.split(template)
     if not any("{folder}" in w for w in words): raise ValueError(f"the command {template!r} has no {{folder}}: it has to say where the checkpoint goes")
     def score(folder):
@@ -221,11 +221,23 @@ def score_command(
         try: done = subprocess.run(command, capture_output=True, text=True)
         except OSError as e: raise ValueError(f"the score command {command[0]!r} cannot be run: {e}") from e
         if done.returncode: raise ValueError(f"the score command {shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-        numbers = _NUMBER.findall(done.stdout)
-        if not numbers: raise ValueError(f"the score command {shlex.join(command)} printed no number, but {done.stdout.strip()[-200:]!r}")
-        return float(numbers[-1])
+        last = (done.stdout.strip().splitlines() or [""])[-1]
+        numbers = _NUMBER.findall(last)
+        if len(numbers) != 1: raise ValueError(f"the score command {shlex.join(command)} has to print its score as the only number of its last line, which is {last[-200:]!r}")
+        return float(numbers[0].replace(",", ""))
     score.__qualname__ = template
     return score
+
+def _scores_of(score, folders, progress):
+    "A score for each folder; NaN, and a warning, where it could not be had. A `ValueError` when none could."
+    found, last = [], None
+    for k, folder in (bar := tqdm(folders.items(), desc="score", unit="score", disable=not progress, leave=False)):
+        try: found.append(_scored(score, folder))
+        except ValueError as e:
+            bar.clear(); last = e
+            warnings.warn(f"no score for k = {k}: {e}", stacklevel=2); found.append(math.nan)
+    if last and all(map(math.isnan, found)): raise last
+    return found
 
 def _scored(score, folder):
     "The score as a float; a `ValueError` when it is none."
@@ -246,6 +258,8 @@ class SearchResult(NamedTuple):
     folder: Path             # the result: `out`/best
     history: pd.DataFrame    # all scores, in order
     message: str             # what was found, and what was not
+
+def _sized(method): "Whether a method takes a number of ranks, or the size of a method that does."; return bool({"top", "norm"} & set(_takes(method)))
 
 class _Spent(Exception): "The budget is used up."
 
@@ -334,19 +348,19 @@ def _bisect(low, high, works):
 # %% ../nbs/05a_sweep.ipynb #e376c17f
 def _walk(scores, steps, bands, layers, kinds, slack):
     "The search itself. Raises `_Spent` when the budget is used up; what is best so far is in `scores`."
-    share = lambda j: j / steps / len(bands)
-    at = lambda j, b=bands, l=layers, k=kinds: scores.reaches(share(j), b, l, k)
-    if at(0): return
-    high = next((j for j in (steps >> i for i in range(steps.bit_length())) if j and at(j)), None)
+    at = lambda j, b, l=layers, k=kinds: scores.reaches(j / steps / len(b), b, l, k)       # j of `steps` parts of the ranks, whichever bands share them
+    if at(0, bands): return
+    high = next((j for j in (steps >> i for i in range(steps.bit_length())) if j and at(j, bands)), None)
     if high is None: return
-    least = _bisect(0, high, at)
+    best, least = bands, _bisect(0, high, lambda j: at(j, bands))
+    for one in [(x,) for x in bands] if len(bands) > 1 else []:                            # all of it in one band, and then less
+        if at(least, one): best, least = one, _bisect(0, least, lambda j: at(j, one))
     for factor in slack:
         j = min(steps, round(least * factor))
-        if j > least and not at(j): continue
-        l = _smallest(layers, lambda x: at(j, l=x))
-        k = _smallest(kinds, lambda x: at(j, l=l, k=x))
-        b = _smallest(bands, lambda x: at(j, x, l, k))
-        if j > least: _bisect(0, j, lambda i: at(i, b, l, k))
+        if j > least and not at(j, best): continue
+        l = _smallest(layers, lambda x: at(j, best, x))
+        k = _smallest(kinds, lambda x: at(j, best, l, x))
+        if j > least: _bisect(0, j, lambda i: at(i, best, l, k))
 
 # %% ../nbs/05a_sweep.ipynb #ffa85868
 def search(
@@ -360,8 +374,8 @@ def search(
     bands=("head", "tail"),  # parts of the spectrum to choose from: 'head', 'tail', 'bulk'
     layers=None,          # layers to choose from, see `layer_range`
     kinds=None,           # kinds of matrix to choose from, see `Checkpoint.matrices`
-    slack=(1, 2),         # multiples of the smallest k at which layers, kinds and bands are reduced
-    steps=64,             # k is a multiple of 1/steps of the ranks
+    slack=(1, 2),         # multiples of the smallest number of parts at which layers and kinds are reduced
+    steps=64,             # ranks are restored in parts of 1/steps, which the bands share evenly
     seed=0,               # for the method 'random'
     sigma="target",       # whose singular values restored directions carry
     cache=None,           # where factors are kept; None: in `out`, until the search is through
@@ -370,8 +384,7 @@ def search(
 ) -> SearchResult:
     "The smallest restoration that reaches a goal, by bisection; resumable."
     out, bands = Path(out), (bands,) if isinstance(bands, str) else tuple(bands)
-    sized = [m for m in METHODS if {"top", "norm"} & set(_takes(m))]
-    if method not in sized: raise ValueError(f"method {method!r} cannot be searched: expected one of {', '.join(sized)}")
+    if method not in METHODS or not _sized(method): raise ValueError(f"method {method!r} cannot be searched: expected one of {', '.join(filter(_sized, METHODS))}")
     if not bands or set(bands) - {"head", "tail", "bulk"} or len(set(bands)) < len(bands):
         raise ValueError(f"bands = {bands}: expected some of head, tail and bulk, each once")
     if not math.isfinite(goal): raise ValueError(f"goal = {goal!r}: expected a finite number")
@@ -433,10 +446,11 @@ def _common(p, command):
     "The arguments that all three commands have."
     a = p.add_argument
     a("target", help="the checkpoint to repair, a folder, a hub name or 'tiny'; it is only read")
-    a("--donor", required=True, help="the checkpoint that directions come from"); a("--out", required=command != "sweep", help=_TEXTS[command][1])
+    a("--donor", required=True, help="the checkpoint that directions come from")
+    a("--base", help="what an adapter is laid over, where it is not to be found under the name in adapter_config.json"); a("--out", required=command != "sweep", help=_TEXTS[command][1])
     a("--method", default="anchored", help="uv is the paper's; anchored, symmetric and direct keep the singular values",
-      choices=list(THIN) if command == "sweep" else [*METHODS, "reset"][:None if command == "recover" else -1])
-    a("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given"); a("--kinds", nargs="+", help="kinds of matrix; all when not given")
+      choices=dict(sweep=list(THIN), search=[*filter(_sized, METHODS)], recover=[*METHODS, "reset"])[command])
+    a("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given"); a("--kinds", nargs="+", help="kinds of matrix; all when not given")
     a("--sigma", default="target", choices=["target", "donor"], help="whose singular values the restored directions carry")
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
 
@@ -444,29 +458,31 @@ def _common(p, command):
 def _for_recover(a):
     a("--top", type=_number, help="leading ranks: a share (0.2) or a number (20); default: 0.2, for sigma_only 1.0")
     a("--tail", type=_number, default=0.0, help="trailing ranks"); a("--bulk", type=_number, default=0.0, help="ranks in the middle")
-    a("--alpha", type=float, help="for interpolate: 0 keeps the target, 1 gives the donor"); a("--seed", type=int, default=0, help="for random")
+    a("--alpha", type=float, help="for interpolate: 0 keeps the target, 1 gives the donor, beyond them it extrapolates"); a("--seed", type=int, default=0, help="for random")
     a("--like", default="anchored", help="for random and interpolate_to_norm: the method, or 'donor', whose edit size they take")
     a("--certify", default="full", choices=["full", "quick"], help="quick does not decompose every result again")
     a("--as-lora", nargs="?", const="float32", choices=["float32", "bfloat16", "float16"],
       help="write the edit as a LoRA adapter for the target, in this dtype")
     a("--rank", type=int, help="largest rank of the adapter; default: the edit's own")
 
+_SCORE = "a command with {folder} in it; the one number on the last line that it prints is the score"
+
 def _for_sweep(a):
-    a("--score", help="a command with {folder} in it; the last number that it prints is the score")
+    a("--score", help=_SCORE)
     a("--ks", type=_number, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5], help="shares or numbers of ranks")
     a("--band", default="head", choices=list(SWEEP_BANDS), help="where in the spectrum")
     a("--certify", default="quick", choices=["full", "quick"], help="full measures the singular values of every result")
     a("--table", help="also write the table to this .csv or .parquet file")
 
 def _for_search(a):
-    a("--score", required=True, help="a command with {folder} in it; the last number that it prints is the score")
+    a("--score", required=True, help=_SCORE)
     a("--goal", type=float, required=True, help="the score to reach"); a("--budget", type=int, default=40, help="largest number of scores")
     a("--bands", nargs="+", default=["head", "tail"], choices=["head", "tail", "bulk"])
-    a("--slack", type=float, nargs="+", default=[1, 2], help="multiples of the smallest k at which layers and kinds are reduced")
-    a("--steps", type=int, default=64, help="k is a multiple of 1/steps of the ranks"); a("--seed", type=int, default=0)
+    a("--slack", type=float, nargs="+", default=[1, 2], help="multiples of the smallest number of parts at which layers and kinds are reduced")
+    a("--steps", type=int, default=64, help="ranks are restored in parts of 1/steps, which the bands share evenly"); a("--seed", type=int, default=0)
 
 def _parser(command):
-    p = argparse.ArgumentParser(prog=f"gp-spectral {command}", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=_TEXTS[command][0])
+    p = argparse.ArgumentParser(prog=f"gp-spectral {command}", formatter_class=Defaults, description=_TEXTS[command][0])
     _common(p, command); dict(recover=_for_recover, sweep=_for_sweep, search=_for_search)[command](p.add_argument)
     return p
 
@@ -476,7 +492,8 @@ def _top(a): return a.top if a.top is not None else 1.0 if a.method == "sigma_on
 def _told(folder):
     "What `recover` wrote, in words."
     record, rows = recovery_record(folder)
-    text = f"{folder}: {record['changed']:,} numbers changed, edit norm {record['edit_norm_all']:.3f} of the way's length"
+    text = "".join(f"note: {n}\n" for n in record["notes"])
+    text += f"{folder}: {record['changed']:,} numbers changed, size of the edit {record['edit_norm_all']:.3f} of the distance from target to donor"
     if record.get("sigma_change_of_norm") is not None: text += f", σ changed by at most {record['sigma_change_of_norm']:.1e} of the largest"
     if "norm_ratio" in record: text += f", {record['norm_ratio']:.4f} of the size that was asked for"
     if "lora_error" in record:
@@ -484,18 +501,23 @@ def _told(folder):
                  f" (worst matrix {record['lora_error_max']:.1e})")
     return text
 
+def _two(a): return with_base(a.target, a.base), with_base(a.donor, a.base)
+
 def _run_recover(a):
-    print(_told(recover(a.target, a.donor, a.out, a.method, _top(a), a.tail, a.layers, a.kinds, a.alpha, a.like, a.seed, bulk=a.bulk, sigma=a.sigma,
+    unused = [n for n, given in (("--alpha", a.alpha is not None and a.method != "interpolate"), ("--top", a.top is not None and a.method in ("interpolate", "reset"))) if given]
+    if unused: raise ValueError(f"{unused[0]} does nothing with --method {a.method}: leave it out")
+    print(_told(recover(*_two(a), a.out, a.method, _top(a), a.tail, a.layers, a.kinds, a.alpha, a.like, a.seed, bulk=a.bulk, sigma=a.sigma,
                         cache=_kept(a.cache), certify=a.certify, as_lora=a.as_lora or False, rank=a.rank)))
 
 def _run_sweep(a):
-    table = sweep(a.target, a.donor, a.ks, a.method, a.score, a.out, a.band, a.layers, a.kinds, a.sigma, _kept(a.cache), a.certify)
+    table = sweep(*_two(a), a.ks, a.method, a.score, a.out, a.band, a.layers, a.kinds, a.sigma, _kept(a.cache), a.certify)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     if a.table: table.to_parquet(a.table) if a.table.endswith(".parquet") else table.to_csv(a.table, index=False); print(f"written to {a.table}")
     if a.out: print(f"checkpoints: {a.out}")
+    return int("score" in table and table.score.isna().any())
 
 def _run_search(a):
-    found = search(a.target, a.donor, a.score, a.goal, a.out, a.budget, a.method, a.bands, a.layers, a.kinds, tuple(a.slack), a.steps, a.seed, a.sigma,
+    found = search(*_two(a), a.score, a.goal, a.out, a.budget, a.method, a.bands, a.layers, a.kinds, tuple(a.slack), a.steps, a.seed, a.sigma,
                    _kept(a.cache))
     print(f"{found.message}\n{found.folder}: score {found.score:.6g}, edit norm {found.edit_norm:.3f}, {json.dumps(found.settings)}")
     return 0 if found.reached else 1

@@ -312,12 +312,22 @@ def test_whole_rather_than_wrong(tmp_path, families):
         assert torch.equal(Checkpoint(tmp_path).matrix(found[0]), w[found[0].name])
 
 
+def test_kinds_that_share_a_name_are_told_apart(families, tmp_path):
+    c = Checkpoint(families("gpt2")[1])
+    assert {m.kind for m in c.matrices()} == {"q_proj", "k_proj", "v_proj", "attn.c_proj", "c_fc", "mlp.c_proj"}
+    assert {m.kind for m in c.matrices("c_proj")} == {"attn.c_proj", "mlp.c_proj"} and {m.kind for m in c.matrices("mlp.c_proj")} == {"mlp.c_proj"}
+    parts = ("attention.output", "intermediate", "output")
+    save_file({f"encoder.layer.{i}.{p}.dense.weight": torch.randn(8, 8) for i in (0, 1) for p in parts} | {f"encoder.layer.{i}.mixer.A_log": torch.randn(8, 4) for i in (0, 1)},
+              tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="bert")))
+    assert [m.kind for m in Checkpoint(tmp_path).matrices(layers=1)] == [f"{p}.dense" for p in parts]       # and Mamba's A_log is no map
+
 def test_names(families):
     c = Checkpoint(families("gpt2")[1])
     for heads in (False, True):
         for m in c.matrices(heads=heads):
             again = describe(m.name)
-            assert (again.layer, again.kind, again.tensor, again.head, again.expert) == (m.layer, m.kind, m.tensor, m.head,
+            assert (again.layer, again.kind, again.tensor, again.head, again.expert) == (m.layer, m.kind.split(".")[-1], m.tensor, m.head,
                 m.expert) and c.find(m.name) == m
             assert hash(m) is not None and torch.equal(c.matrix(m.name), c.matrix(m))
     assert c.matrix("transformer.h.0.attn.c_attn.weight").shape == (72, 24) and c.matrix("transformer.wte.weight").shape == (40, 24)

@@ -213,9 +213,29 @@ def test_the_floor_comes_before_chance(tmp_path):
         W = (gaussian(400, 30, seed=seed) @ gaussian(30, 100, seed=seed + 9)).float()
         a, b = write(tmp_path / f"a{seed}", {NAME: W}), write(tmp_path / f"b{seed}", {NAME: W.bfloat16()})
         t = compare(a, b, progress=False, cache=False)
-        assert set(t.verdict) == {"noise"}, t[["side", "band", "mean", "floor", "random_mean", "verdict"]]
+        verdicts = t.groupby("band").verdict.agg(set)
+        assert verdicts["head"] == {"noise"} and verdicts["bulk"] | verdicts["tail"] == {"undefined"}, t[["side", "band", "mean", "floor", "random_mean", "verdict"]]
         assert (t[t.band == "tail"]["mean"] > 0.9 * t[t.band == "tail"].random_mean).any()                            # chance would have had it
 
+
+def test_directions_that_one_of_the_two_lacks(tmp_path):
+    "Whichever is the base: a band that one of them has only as rounding has not turned, and its singular values have no relative change."
+    W = gaussian(96, 64).float()
+    U, s, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    low = (U[:, :40] * s[:40] @ Vh[:40]).float()
+    whole, lacking, zero = (write(tmp_path / n, {NAME: X}) for n, X in (("whole", W), ("lacking", low), ("zero", torch.zeros_like(W))))
+    for pair in ((whole, lacking), (lacking, whole)):
+        found = compare_all(pair, progress=False, cache=False, details=False)
+        verdicts = found.angles.groupby("band").verdict.agg(set)
+        assert not verdicts["head"] & {"rotated", "chance"} and verdicts["tail"] == {"undefined"} and found.changes.mean_abs_change.item() <= 1
+    for pair in ((whole, zero), (zero, whole)): assert set(compare(*pair, progress=False, cache=False).verdict) == {"undefined"}
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16])
+def test_the_floor_knows_weights_that_are_stored_wider_than_they_were_kept(tmp_path, kept):
+    W = gaussian(96, 64).float()
+    plain, rounded, narrow = (write(tmp_path / n, {NAME: X}) for n, X in (("plain", W), ("rounded", W.to(kept).float()), ("narrow", W.to(kept))))
+    wide, short = (compare(plain, x, progress=False, cache=False) for x in (rounded, narrow))
+    assert set(wide.verdict) == {"noise"} and (wide.floor == short.floor).all() and module.effective_dtype(W) == torch.float32
 
 def test_unchanged_elements_are_counted_and_told(tmp_path, capsys):
     w = weights(dtype=torch.bfloat16)

@@ -1005,16 +1005,53 @@ def _constant(x, folder): return x
 
 def test_score_command(folders, tmp_path):
     script = tmp_path / "score.py"
-    script.write_text("import sys, os\nprint('step 3: loading'); print('score', len(os.listdir(sys.argv[1])), 'of', -1.5e-1)")
+    script.write_text("import sys, os\nprint('step 3: loading', len(os.listdir(sys.argv[1]))); print('score:', -1.5e-1)")
     assert score_command(f"{sys.executable} {script} {{folder}}")(folders[0]) == -0.15
     (tmp_path / "a b").mkdir()
     assert score_command(f"{sys.executable} -c 'import sys; print(len(sys.argv[1]))' '{{folder}}/x; echo 7'")(tmp_path / "a b") == len(str(tmp_path / "a b")) + len("/x; echo 7")
     table = sweep(*folders, (0.1,), score=f"{sys.executable} {script} {{folder}}", progress=False); assert table.score.tolist() == [-0.15]
-    for match, command in (("no {folder}", "true"), ("printed no number", "echo hello {folder}/x" if not any(c.isdigit() for c in str(tmp_path)) else "printf hello"),
-                           ("ended with 3", f"{sys.executable} -c 'import sys; print(5); sys.exit(3)' {{folder}}"), ("cannot be run", "no-such-program-at-all {folder}")):
-        if match == "printed no number": command = f"{sys.executable} -c 'print(\"hello\")' {{folder}}"
+    for match, command in (("no {folder}", "true"), ("ended with 3", f"{sys.executable} -c 'import sys; print(5); sys.exit(3)' {{folder}}"), ("cannot be run", "no-such-program-at-all {folder}")):
         with pytest.raises(ValueError, match=match): score_command(command)(folders[0])
 
+
+@pytest.mark.parametrize("said, number", [("accuracy 1,319", 1319), ("0.5\nresult: 2e-3\n", 0.002), ("-.5", -0.5), ("hello", None), ("", None), ("0.51 (1,319 problems)", None),
+                                          ("7\nstep 3 loss nan", None), ("loss: nan", "nan"), ("inf", "inf"), ("info: 4", 4)])
+def test_the_number_of_a_score(tmp_path, said, number):
+    (tmp_path / "score.py").write_text(f"print({said!r})")
+    score = score_command(f"{sys.executable} {tmp_path / 'score.py'} {{folder}}")
+    if number is None:
+        with pytest.raises(ValueError, match="the only number of its last line"): score(tmp_path)
+    elif isinstance(number, str):
+        with pytest.raises(ValueError, match="expected a finite number"): sweeping._scored(score, tmp_path)
+    else: assert score(tmp_path) == number
+
+def test_a_sweep_keeps_what_it_has_when_one_score_fails(folders, tmp_path, capsys):
+    (tmp_path / "score.py").write_text("import sys; sys.exit('no memory') if '0.3' in sys.argv[1] else print(1)")
+    command = ["sweep", str(folders[0]), "--donor", str(folders[1]), "--ks", "0.1", "0.3", "--out", str(tmp_path / "out"), "--score", f"{sys.executable} {tmp_path / 'score.py'} {{folder}}"]
+    with pytest.warns(UserWarning, match="no score for k = 0.3: .*no memory"): assert sweeping.main(command) == 1
+    assert pd.read_csv(tmp_path / "out/sweep.csv").score.isna().tolist() == [False, True] and (tmp_path / "out/head-0.3/model.safetensors").exists()
+
+@pytest.mark.parametrize("r", [128, 320, 512, 896, 1280, 2048, 3584, 4096, 5120, 8192, 10, 9, 3])
+def test_three_bands_fill_the_ranks(r):
+    head, end, mid = chosen_ranks(r, 1 / 3, 1 / 3, 1 / 3)
+    assert r - 2 <= head + end + mid <= r and recovery._taken(r, recovery._bands(r, 1 / 3, 1 / 3, 1 / 3)).sum() == head + end + mid
+
+def test_a_search_looks_at_the_bands_one_by_one(folders, tmp_path):
+    "Where the head alone reaches the goal, half of what head and tail take together is found, within few scores."
+    def score(folder):
+        record = recovery_record(folder)[0]
+        return min(record["top"], 0.2)
+    found = search(*folders, score, 0.2, tmp_path / "out", budget=20, progress=False, name="head")
+    assert found.settings["tail"] == 0 and 0.2 <= found.settings["top"] <= 0.2 + 1 / 64
+
+def test_a_donor_that_cannot_be_meant(tmp_path):
+    base = weights()
+    other = {n: torch.randn(w.shape, generator=torch.Generator().manual_seed(i)) for i, (n, w) in enumerate(base.items())}
+    name = next(n for n, w in base.items() if w.ndim == 2 and "q_proj" in n)
+    lacks = base | {name: torch.zeros_like(base[name])}
+    a, b, c = (write(tmp_path / n, w) for n, w in (("a", base), ("b", other), ("c", lacks)))
+    with pytest.warns(UserWarning, match="look unrelated"): recover(a, b, tmp_path / "x", progress=False)
+    with pytest.warns(UserWarning, match="directions that are no more than rounding"): recover(a, c, tmp_path / "y", progress=False)
 
 def test_what_a_search_refuses(folders, tmp_path):
     names = sorted(p.name for p in tmp_path.iterdir())
