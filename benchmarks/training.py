@@ -30,7 +30,7 @@ killed run goes on in that time, the others save nothing. What necessarily diffe
 """
 import argparse, inspect, json, os, shutil, statistics, subprocess, sys, tempfile, time
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 

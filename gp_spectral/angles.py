@@ -196,7 +196,7 @@ def _band_rows(sides, s, t, slices, std):
     outside = [n - r for n, *_ in sides.values()]
     for band, ranks in slices.items():
         floors = floor_angles(s, ranks, std, outside) if std else [torch.zeros(ranks.stop - ranks.start)] * 2
-        if std and (s[ranks] > 2 * t[ranks]).any():              # the other has lost directions here: then its own are the less certain
+        if std and (s[ranks] > 10 * t[ranks]).any():              # the other has lost directions here: then its own are the less certain
             floors = [torch.maximum(x, y) for x, y in zip(floors, floor_angles(t, ranks, std, outside))]
         sigma, edges = moved[ranks], degenerate_cuts(s, ranks, std)   # ranks that are zero sit at the end, and are left out
         for (side, (n, A, B)), floor in zip(sides.items(), floors):

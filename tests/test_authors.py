@@ -1,7 +1,5 @@
 "The published recipe on the real classes at toy width: Qwen2, and the language part of a Llama that also sees."
-import json, re
 import pandas as pd, pytest, torch
-from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, decoders, trainers
 from transformers import MllamaConfig, MllamaForConditionalGeneration, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig

@@ -116,7 +116,7 @@ def spied(model, attention, monkeypatch):
         split = block._reshape
         block._reshape = lambda fused: (found := split(fused), keep(*found))[0]
     elif type(block).__name__ == "MptAttention":
-        matmul, chunk = torch.matmul, torch.Tensor.chunk
+        chunk = torch.Tensor.chunk
         def chunked(t, *a, **kw):
             found = chunk(t, *a, **kw)
             if len(found) == 3: keep(*[p.reshape(1, 1, block.n_heads, block.head_dim).transpose(1, 2) for p in found])

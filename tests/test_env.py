@@ -1,7 +1,7 @@
 "The solver against brute force, the parser against known values, the verifier against whatever comes."
 import random, time
 from fractions import Fraction
-from itertools import permutations, product
+from itertools import permutations
 import pytest
 from gp_spectral.env import FormulaError, GeneralPoints, Problem, RULES, STYLES, card_numbers, evaluate_formula, judge, solve, steps_to, verify
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from gp_spectral import grpo
 from gp_spectral.env import Feedback, GeneralPoints
-from gp_spectral.grpo import GRPOConfig, Verifier, group_advantages, prompt_dataset, train_grpo, training_problems
+from gp_spectral.grpo import GRPOConfig, Verifier, group_advantages, train_grpo
 from gp_spectral.sft import TINY, load_model, prompt_ids
 
 ID = GeneralPoints()

@@ -1,5 +1,5 @@
 "PPO by the book: each check of the notebook again, and a bug for each that it must catch."
-import copy, dataclasses, inspect, math, textwrap
+import dataclasses, inspect, math, textwrap
 from unittest.mock import create_autospec
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gp_spectral import ppo, sft
 from gp_spectral.env import Feedback, GeneralPoints
-from gp_spectral.ppo import ActorCritic, PPOConfig, VLLMSampler, collate, compute_gae, learning_rate, ppo_loss, rollout, score, train_ppo, whiten
+from gp_spectral.ppo import ActorCritic, PPOConfig, VLLMSampler, collate, compute_gae, ppo_loss, rollout, score, train_ppo
 from gp_spectral.sft import Episode, Turn, load_model, play
 from made import Parity
 

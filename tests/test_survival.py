@@ -76,7 +76,6 @@ SMALL = PPOConfig(iterations=4, samples=12, minibatch=6)
 def test_disk_full(tmp_path, monkeypatch):
     train_ppo("tiny", tmp_path / "whole", ID, SMALL, progress=False)
     train_ppo("tiny", tmp_path / "out", ID, SMALL, progress=False, stop_after=2)
-    save = torch.save
     def full(value, file): file.write_bytes(b"half"); raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as m:
         m.setattr(torch, "save", full)
