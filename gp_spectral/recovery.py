@@ -586,11 +586,12 @@ def recover(
     if rank is not None: raise ValueError("rank belongs to as_lora: a checkpoint holds an edit of any rank")
     with _new_folder(out, job.target) as part:
         rows = list(_reset(job, part, layers, kinds, progress)) if method == "reset" else []
+        rest = None if method == "reset" else _whole_way(job.target, job.donor, {m.name: 0.0 for m in job.matrices})     # what cannot be read is told before the work
         for m in tqdm(job.matrices, **_bar(job, progress)):
             after, row = _certified(job, m, _edited(job, m))
             if row["changed"]: job.target.write(part, m, after)
             rows.append(row)
-        _write_record(part, job, layers, kinds, notes, rows)
+        _write_record(part, job, layers, kinds, notes, rows, rest=rest)
     _doubts(job, rows)
     return Path(out)
 
@@ -608,9 +609,11 @@ def _doubts(job, rows):
 def _root(values): return float(np.sqrt(sum(v * v for v in values)))
 def _largest(rows, key): return max((r[key] for r in rows if r.get(key) is not None), default=None)
 
-def _write_record(part, job, layers, kinds, notes, rows, whole=None, **more):
+def _write_record(part, job, layers, kinds, notes, rows, whole=None, rest=None, **more):
     edit, way, target, donor = _root(r["edit"] for r in rows), _root(r["distance"] for r in rows), job.target, job.donor
-    whole = _whole_way(target, donor, {r["matrix"]: r["distance"] for r in rows}) if whole is None else whole
+    known = {r["matrix"]: r["distance"] for r in rows}
+    if rest is not None: whole = _root([rest, *(known[n] for n in _in_both(target, donor) if n in known)])
+    if whole is None: whole = _whole_way(target, donor, known)
     if any("asked" in r for r in rows): more["norm_ratio"] = edit / asked if (asked := _root(r["asked"] for r in rows)) else 1.0
     record = dict(method=job.method, **job.options, layers=None if layers is None else layer_range(layers, target.n_layers), kinds=kinds,
                   target=dict(path=str(target.path), sha256=target.digest()), donor=dict(path=str(donor.path), sha256=donor.digest()), notes=notes,
@@ -629,9 +632,11 @@ def _distance(X, Y):
 
 def _whole_way(target, donor, known={}):
     "The Frobenius norm of the difference over all tensors that both have in one shape; `known`: of some, by name."
-    floats = [n for n in target.names if target.dtype(n).is_floating_point and n in donor.entries and n not in target.scales.values()
-              and target.shape(n) == donor.shape(n)]
-    return _root(known[n] if n in known else _distance(target.tensor(n), donor.tensor(n)) for n in floats)
+    return _root(known[n] if n in known else _distance(target.tensor(n), donor.tensor(n)) for n in _in_both(target, donor))
+
+def _in_both(target, donor):
+    "Names of the tensors that can be subtracted."
+    return [n for n in target.names if target.dtype(n).is_floating_point and n in donor.entries and n not in target.scales.values() and target.shape(n) == donor.shape(n)]
 
 def recovery_record(
     folder,    # what `recover` wrote

@@ -1053,6 +1053,13 @@ def test_a_donor_that_cannot_be_meant(tmp_path):
     with pytest.warns(UserWarning, match="look unrelated"): recover(a, b, tmp_path / "x", progress=False)
     with pytest.warns(UserWarning, match="directions that are no more than rounding"): recover(a, c, tmp_path / "y", progress=False)
 
+def test_what_cannot_be_read_is_told_before_the_work(tmp_path, monkeypatch):
+    w = weights(); name = "model.norm.weight"
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", w | {name: torch.full_like(w[name], float("nan"))})
+    monkeypatch.setattr(recovery, "_edited", None)
+    with pytest.raises(CheckpointError, match=f"{name} .* NaN"): recover(a, b, tmp_path / "x", progress=False)
+    assert not (tmp_path / "x").exists()
+
 def test_what_a_search_refuses(folders, tmp_path):
     names = sorted(p.name for p in tmp_path.iterdir())
     for match, options in (("cannot be searched", dict(method="interpolate")), ("bands", dict(bands="middle")), ("bands", dict(bands=("head", "head"))), ("goal", dict(goal=float("nan"))),
