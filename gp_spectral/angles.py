@@ -501,7 +501,7 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
     results, part = [None] * len(found), lambda i: out / "parts" / f"{i:06d}.json"
     todo = [i for i in hand if out is None or not part(i).is_file()]
     costs, begun = {i: _cost(found[i].shape) for i in hand}, time.time()
-    wide = any(c.dtype(found[i].tensor or found[i].name).itemsize > 2 for c in cs for i in todo)
+    wide = any(c.dtype(found[i].tensor or found[i].name).itemsize > 1 for c in cs for i in todo)
     workers = workers or (_workers([found[i].shape for i in todo], len(todo), wide, min(map(_size, cs)), len(cs)) if todo and device == "cpu" else 1)
     total = sum(costs.values())
     bar = tqdm(total=total, initial=total - sum(costs[i] for i in todo), desc=f"0/{len(hand)} matrices", disable=not progress, leave=False,

@@ -109,6 +109,10 @@ def _folder(path):
             "check name and network, log in if it is gated, or download it where there is a network (without HF_HUB_OFFLINE)") from e
 
 # %% ../nbs/02a_checkpoint.ipynb #f566991e
+def _is_adapter(folder):
+    there = lambda *names: any((folder / n).is_file() for n in names)
+    return not there("model.safetensors", "model.safetensors.index.json") and there("adapter_config.json") and (there("adapter_model.safetensors") or not there("config.json"))
+
 class Checkpoint:
     "A Hugging Face checkpoint, read one tensor at a time; `CheckpointError` when it is not one."
     def __init__(self,
@@ -119,10 +123,7 @@ class Checkpoint:
         self.path = _folder(path)
         self.label = label or (self.path.resolve().name if Path(path).is_dir() else str(path))
         self.base, self.overlay, self._listed, self._warned, self._copy = None, {}, {}, set(), None
-        whole = any((self.path / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json"))
-        if not whole and (self.path / "adapter_config.json").is_file() and ((self.path / "adapter_model.safetensors").is_file()
-                or not (self.path / "config.json").is_file()):
-            self._open_adapter(base)
+        if _is_adapter(self.path): self._open_adapter(base)
         else:
             if base is not None: raise CheckpointError(f"{self.path} is not an adapter, so it has no base: leave `base` out")
             if not (self.path / "config.json").is_file():
@@ -523,7 +524,7 @@ def with_base(
     base=None,   # of an adapter; others take no notice
 ) -> Checkpoint:
     "A checkpoint as the command line names it: `base` is for those that are adapters."
-    return Checkpoint(path, base=base if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file() else None)
+    return Checkpoint(path, base=base if base and _is_adapter(_folder(path)) else None)
 
 def as_checkpoint(x) -> Checkpoint:
     "A `Checkpoint`, from itself or from a path."

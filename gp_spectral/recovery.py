@@ -592,7 +592,6 @@ def recover(
             if row["changed"]: job.target.write(part, m, after)
             rows.append(row)
         _write_record(part, job, layers, kinds, notes, rows, rest=rest)
-    _doubts(job, rows)
     return Path(out)
 
 # %% ../nbs/05_recovery.ipynb #f0405778
@@ -601,10 +600,10 @@ def _doubts(job, rows):
     null = {r["matrix"]: r["null_ranks"] for r in rows if r.get("null_ranks") and r["restored"]}
     if null:
         name, n = next(iter(null.items()))
-        warnings.warn(f"{job.donor.label} has directions that are no more than rounding among those that were restored ({n} in {name}, {len(null)} matrices in all): they are arbitrary", stacklevel=3)
+        warnings.warn(f"{job.donor.label} has directions that are no more than rounding among those that were restored ({n} in {name}, {len(null)} matrices in all): they are arbitrary", stacklevel=4)
     cosines = [r["cosine"] for r in rows if "cosine" in r]
     if cosines and np.median(cosines) < 0.1:       # a fine-tuned matrix is near its base; two trainings from different seeds have a cosine near 0
-        warnings.warn(f"{job.target.label} and {job.donor.label} look unrelated (median cosine of their matrices {np.median(cosines):.2f}): is the donor an earlier checkpoint of the same model?", stacklevel=3)
+        warnings.warn(f"{job.target.label} and {job.donor.label} look unrelated (median cosine of their matrices {np.median(cosines):.2f}): is the donor an earlier checkpoint of the same model?", stacklevel=4)
 
 def _root(values): return float(np.sqrt(sum(v * v for v in values)))
 def _largest(rows, key): return max((r[key] for r in rows if r.get(key) is not None), default=None)
@@ -621,6 +620,7 @@ def _write_record(part, job, layers, kinds, notes, rows, whole=None, rest=None, 
                   restored=sum(r.get("restored", 0) for r in rows), changed=sum(r["changed"] for r in rows), certify=job.certify,
                   **{k: _largest(rows, k) for k in ("sigma_change_of_norm", "sigma_bound", "orthogonality")}, **more, matrices=rows)
     (part / "recovery.json").write_text(json.dumps(record, indent=1) + "\n")
+    _doubts(job, rows)
 
 CHUNK = 2 ** 22   # numbers that are looked at in float64 at once
 

@@ -13,7 +13,7 @@ from made import weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import checkpoint as module
-from gp_spectral.checkpoint import Checkpoint, CheckpointError, describe, preflight
+from gp_spectral.checkpoint import Checkpoint, CheckpointError, describe, preflight, with_base
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="peft")
@@ -614,6 +614,16 @@ def test_lora_on_tied_embeddings(case, tmp_path):
     copy = c.copy_to(tmp_path / "copy")
     torch.testing.assert_close(logits(build_cached(copy)), logits(ran), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(ran), logits(adapted))
+
+
+@pytest.mark.parametrize("config_beside", [False, True])
+def test_the_base_of_the_command_line_is_for_whatever_is_an_adapter(tmp_path, config_beside):
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)).save_pretrained(tmp_path / "base")
+    adapter(tmp_path / "base", tmp_path / "adapter", ["q_proj"])
+    (tmp_path / "base").rename(tmp_path / "moved")
+    if config_beside: (tmp_path / "adapter/config.json").write_text((tmp_path / "moved/config.json").read_text())
+    with pytest.raises(CheckpointError, match="--base on the command line"): with_base(tmp_path / "adapter")
+    assert with_base(tmp_path / "adapter", tmp_path / "moved").base.path == tmp_path / "moved" and with_base(tmp_path / "moved", tmp_path / "moved").base is None
 
 
 def test_lora_with_a_larger_vocabulary(tmp_path):

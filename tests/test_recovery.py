@@ -1053,6 +1053,9 @@ def test_a_donor_that_cannot_be_meant(tmp_path):
     with pytest.warns(UserWarning, match="look unrelated"): recover(a, b, tmp_path / "x", progress=False)
     with pytest.warns(UserWarning, match="directions that are no more than rounding"): recover(a, c, tmp_path / "y", progress=False)
 
+def test_an_adapter_is_warned_of_too(models, tmp_path):
+    with pytest.warns(UserWarning, match="look unrelated"): recover(*models, tmp_path / "x", as_lora=True, progress=False)
+
 def test_what_cannot_be_read_is_told_before_the_work(tmp_path, monkeypatch):
     w = weights(); name = "model.norm.weight"
     a, b = write(tmp_path / "a", w), write(tmp_path / "b", w | {name: torch.full_like(w[name], float("nan"))})
