@@ -11,10 +11,11 @@ __all__ = ['THIN', 'METHODS', 'CHUNK', 'METHOD_STYLES', 'chosen_ranks', 'Edit', 
 
 # %% ../nbs/05_recovery.ipynb #a96125da
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, describe, layer_range, preflight
-from .svd import Factors, factorize, factors as factors_of
-from .angles import band_size, null_sigma, principal_angles, rounding_std
+from .svd import Factors, factorize, factors as factors_of, one_thread
+from .angles import _size, _workers, band_size, null_sigma, principal_angles, rounding_std
 import hashlib, inspect, json, math, os, shutil, tempfile, warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -557,6 +558,24 @@ def _reset(job, part, layers, kinds, progress):
 
 def _bar(job, progress, unit="matrix"): return dict(desc=f"{job.method}: {job.target.label} ← {job.donor.label}", unit=unit, disable=not progress, leave=False)
 
+# %% ../nbs/05_recovery.ipynb #6b9387a8
+def _edit_into(job, part, workers, progress):
+    "Edits the matrices, several at once, each on one thread so that sums are the same however many there are; the rows in their order."
+    if not job.matrices: return []
+    shapes, rows = [m.shape for m in job.matrices], {}
+    workers = workers or _workers(shapes, len(shapes), size=_size(job.target))
+    with one_thread(), ThreadPoolExecutor(workers) as pool, tqdm(total=len(shapes), **_bar(job, progress)) as bar:
+        waiting = {pool.submit(lambda m: _certified(job, m, _edited(job, m)), m): i for i, m in enumerate(job.matrices)}
+        try:
+            for future in as_completed(waiting):
+                i = waiting.pop(future)
+                after, rows[i] = future.result()
+                if rows[i]["changed"]: job.target.write(part, job.matrices[i], after)
+                bar.update()
+        except BaseException: pool.shutdown(cancel_futures=True); raise
+    return [rows[i] for i in range(len(shapes))]
+
+
 # %% ../nbs/05_recovery.ipynb #cdbd60c8
 def recover(
     target,             # `Checkpoint` or path: what is repaired; it is only read
@@ -577,6 +596,7 @@ def recover(
     certify="full",     # 'quick' leaves out the decomposition of every result, see `certificate`
     as_lora=False,      # True: write the edit as a LoRA adapter for `target` instead of a checkpoint (float32), or a dtype's name, 'bfloat16'
     rank=None,          # for `as_lora`: largest rank of the adapter; default: the edit's own
+    workers=None,       # matrices at once; default: one per core, as memory allows
 ) -> Path:              # `out`
     "Writes a repaired copy of `target` that `from_pretrained` loads, with `recovery.json` beside it. All or nothing."
     job, notes = _job(target, donor, method, layers, kinds, cache, certify, top=top, tail=tail, bulk=bulk, sigma=sigma, alpha=alpha, like=like, seed=seed)
@@ -587,10 +607,7 @@ def recover(
     with _new_folder(out, job.target) as part:
         rows = list(_reset(job, part, layers, kinds, progress)) if method == "reset" else []
         rest = None if method == "reset" else _whole_way(job.target, job.donor, {m.name: 0.0 for m in job.matrices})     # what cannot be read is told before the work
-        for m in tqdm(job.matrices, **_bar(job, progress)):
-            after, row = _certified(job, m, _edited(job, m))
-            if row["changed"]: job.target.write(part, m, after)
-            rows.append(row)
+        rows += _edit_into(job, part, workers, progress)
         _write_record(part, job, layers, kinds, notes, rows, rest=rest)
     return Path(out)
 

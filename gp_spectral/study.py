@@ -6,12 +6,12 @@ Docs: https://gp-spectral.github.io/gp_spectral/study.html.md"""
 
 # %% auto #0
 __all__ = ['PAIRS', 'NAMES', 'SUCCESS_HEAD', 'Preset', 'load_preset', 'versions', 'first', 'stage', 'share', 'tasks', 'BothRules',
-           'ppo_config', 'rl_config', 'fits_launch', 'start_steps', 'base_folder', 'base_model', 'run_sft', 'run_rl',
-           'checkpoints', 'answer_loss', 'loss_curve', 'run_base', 'run_evaluations', 'run_spectra', 'recovery_plan',
-           'edit_name', 'run_recovery', 'stage_seconds', 'estimate', 'interval', 'verdict', 'two_way', 'contrast',
-           'fieller', 'claims', 'collect', 'plot_training', 'plot_success', 'plot_starts', 'plot_recovery_sizes',
-           'plot_recovery_bars', 'figures', 'plot_matrix', 'claims_rows', 'success_rows', 'write_report', 'read_preset',
-           'study', 'main']
+           'Unseen', 'ppo_config', 'rl_config', 'fits_launch', 'start_steps', 'base_folder', 'base_model', 'run_sft',
+           'run_rl', 'checkpoints', 'answer_loss', 'loss_curve', 'run_base', 'run_evaluations', 'run_spectra',
+           'recovery_plan', 'edit_name', 'run_recovery', 'stage_seconds', 'estimate', 'interval', 'verdict', 'two_way',
+           'contrast', 'fieller', 'claims', 'collect', 'plot_training', 'plot_success', 'plot_starts',
+           'plot_recovery_sizes', 'plot_recovery_bars', 'figures', 'plot_matrix', 'claims_rows', 'success_rows',
+           'write_report', 'read_preset', 'study', 'main']
 
 # %% ../nbs/06_study.ipynb #674e6231
 import argparse, configparser, dataclasses, html, json, math, os, shutil, sys, time
@@ -50,6 +50,7 @@ class Preset:
     sft_at: tuple = ()
     sft_save_every: int = 0
     rl: str = "ppo"
+    rl_hands: str = "train"
     ppo_starts: tuple = (0.25, 1.0, 2.0)
     ppo_iterations: int = 16
     ppo_samples: int = 192
@@ -96,6 +97,8 @@ class Preset:
         for name in _COUNTS: need(getattr(self, name) >= 1, name, "at least 1")
         for name in _POSITIVE: need(0 < getattr(self, name) < math.inf, name, "a number above 0")
         need(0 < self.band <= 0.5, "band", "a share of the ranks above 0 and at most 0.5")
+        need(self.rl_hands in ("train", "unseen"), "rl_hands", "train or unseen")
+        need(self.rl_hands == "train" or self.sft_hands, "rl_hands", "train, or a number of sft_hands that leaves hands unseen")
         need(self.tops and all(0 < t <= 1 for t in self.tops), "tops", "shares of the ranks above 0 and at most 1")
         need(1.0 in self.ppo_starts and min(self.ppo_starts) > 0, "ppo_starts", "numbers above 0 with 1.0 (SFT_End) among them")
         need(all(s >= 1 and s == int(s) for s in self.sft_at), "sft_at", "whole numbers of steps")
@@ -229,6 +232,24 @@ class BothRules:
         dealt = [t.problems("pretrain" if split == "train" else split, -(-n // 2), seed, distinct) for t in self.tasks]
         return [p for pair in zip(*dealt) for p in pair][:n]
 
+# %% ../nbs/06_study.ipynb #277b77fd
+class Unseen:
+    "A task whose training hands are those that SFT has not been given: what RL has a signal on is what the model cannot recite."
+    def __init__(self, task, examples, seed, hands):
+        from gp_spectral.sft import sft_dataset
+        self.task, self.hands = task, (examples, seed, hands)
+        self.seen = frozenset(p.key for p in sft_dataset(task, examples, seed, hands)[0])
+    def __getattr__(self, name): return getattr(self.task, name)
+    def __repr__(self): return f"Unseen({self.task!r}, SFT on {self.hands})"
+    def problems(self, split, n, seed=0):
+        if split != "train": return self.task.problems(split, n, seed)
+        found = []
+        for part in range(100):
+            found += [p for p in self.task.problems("train", 4 * n, f"{seed}:unseen:{part}") if p.key not in self.seen]
+            if len(found) >= n: return found[:n]
+        raise ValueError("rl_hands = unseen: SFT is given all hands of the split; set sft_hands to fewer")
+
+
 # %% ../nbs/06_study.ipynb #b63c0f7f
 _MODEL = ("lora", "dtype", "precision", "gradient_checkpointing")
 _TEACHING = ("precision", "gradient_checkpointing")                         # all weights are taught, in float32
@@ -283,13 +304,14 @@ def _sft(preset, seed, model, folder, progress=True, trackers=()):
 def _rl(preset, seed, model, folder, progress=True, trackers=()):
     "PPO, or what else the preset's `rl` names."
     t = tasks(preset)
+    learnt = Unseen(t["ID"], preset.sft_examples, seed, preset.sft_hands) if preset.rl_hands == "unseen" else t["ID"]
     given = dict(eval_tasks=t, eval_every=max(1, preset.ppo_iterations // 4), n_eval=preset.curve_problems, progress=progress, trackers=trackers)
     if preset.rl == "ppo":
         from gp_spectral.ppo import train_ppo
-        return train_ppo(model, folder, t["ID"], ppo_config(preset, seed), keep=tuple(map(int, preset.ppo_keep)), **given)
+        return train_ppo(model, folder, learnt, ppo_config(preset, seed), keep=tuple(map(int, preset.ppo_keep)), **given)
     config = rl_config(preset, seed)
     from gp_spectral.grpo import train_grpo
-    return train_grpo(model, folder, t["ID"], config, method=preset.rl, **given)
+    return train_grpo(model, folder, learnt, config, method=preset.rl, **given)
 
 # %% ../nbs/06_study.ipynb #093d8432
 def base_folder(preset, root):
@@ -318,6 +340,7 @@ def run_sft(preset, seed, folder, progress=True, trackers=()):
 def run_rl(preset, seed, folder, step, progress=True, trackers=()):
     start = folder / "sft" / f"step-{step:05d}"
     asked = _only(preset, "ppo", "curve", *(() if preset.rl == "ppo" else ("grpo",))) | dict(seed=seed, step=step)
+    if preset.rl_hands != "train": asked["rl_hands"] = preset.rl_hands
     for key in ("ppo_starts", "ppo_save_every", "ppo_vllm"): del asked[key]   # neither the other starts, nor how often it is kept, nor the server's address
     return stage(folder / f"{preset.rl}-{step:05d}", asked, [start], lambda f: _rl(preset, seed, start, f, progress, trackers))
 
