@@ -451,9 +451,10 @@ def _gather(out, results, count):
 # %% ../nbs/04_angles.ipynb #dfe07e96
 ON_GPU = 8     # matrices at once on a GPU: one is decomposed there while angles and floors of others are made on the CPU
 
-def _set_up(device):
-    "The first call of each decomposition, which is not safe in several threads."
+def _set_up(device, matrices):
+    "On a GPU: the first call of each decomposition, which is not safe in several threads, and the choice of drivers."
     for f in (torch.linalg.eigh, torch.linalg.svd, torch.linalg.qr): f(torch.eye(2, dtype=torch.float64, device=device))
+    _drivers(matrices, device)
 
 def _there(device):
     "A `ValueError` where there is no such device."
@@ -510,7 +511,7 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
     wide = any(c.dtype(found[i].tensor or found[i].name).itemsize > 1 for c in cs for i in todo)
     most = len(todo) if device == "cpu" else min(len(todo), ON_GPU)
     if todo and not workers: workers = _workers([found[i].shape for i in todo], most, wide, min(map(_size, cs)), len(cs))
-    if device != "cpu": _set_up(device)
+    if device != "cpu": _set_up(device, found)
     total = sum(costs.values())
     bar = tqdm(total=total, initial=total - sum(costs[i] for i in todo), desc=f"0/{len(hand)} matrices", disable=not progress, leave=False,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")

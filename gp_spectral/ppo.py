@@ -121,7 +121,7 @@ def rollout(
     model, tokenizer, task,
     problems,            # what to play
     config=PPOConfig(),  # attempts, temperature, max_new_tokens, reward_scale
-    batch_size=256,
+    batch_size=None,     # see `play`
     round=0,             # with config.seed: which random numbers to sample by
     share=False,         # see `play`
     sampler=generate,    # see `play`

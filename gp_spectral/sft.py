@@ -340,7 +340,7 @@ def play(
     attempts=1,         # attempts per episode, at most
     temperature=0.0,    # of sampling; 0 is greedy
     max_new_tokens=None,# per attempt; None asks the task
-    batch_size=256,
+    batch_size=None,    # conversations at once; None: 256, and 1024 on a GPU
     progress=None,      # a word for the progress bar; None shows none
     seed=(0,),          # of sampling: whole numbers; each attempt at each problem adds its own
     share=False,        # several processes: each plays its share, and all get all episodes; all of them must call
@@ -348,6 +348,7 @@ def play(
 ) -> list:              # of `Episode`, in the order of `problems`
     "Plays episodes: answer, verdict, next attempt, until solved or out of attempts."
     limit, state = max_new_tokens or getattr(task, "max_new_tokens", 512), world()
+    batch_size = batch_size or (256 if model.device.type == "cpu" else 1024)
     rank, ranks = (state.process_index, state.num_processes) if share else (0, 1)
     lockstep = ranks > 1 and is_sharded(model)                 # then each forward pass is everybody's
     most = lambda n: max(gather_object([n])) if lockstep else n
@@ -379,7 +380,7 @@ def evaluate(
     seed=0,              # of the problems; the same seed asks every checkpoint the same questions
     attempts=5,          # attempts per problem
     name=None,           # what to call the checkpoint in the table
-    batch_size=256,
+    batch_size=None,     # see `play`
     problems=None,       # these problems instead of (split, n, seed)
     progress=None,
     share=False,         # see `play`

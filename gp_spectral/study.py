@@ -358,7 +358,10 @@ def checkpoints(preset, folder):
         found["rl" if step == preset.sft_steps else f"rl_{step}"] = folder / f"{preset.rl}-{step:05d}" / "checkpoint"
     return found
 
-def _write(path, table): first(lambda: table.to_parquet(path))
+def _write(path, table):
+    "Writes a table of all processes once, whole or not at all."
+    from gp_spectral.sft import write_table
+    first(lambda: write_table(table, path))
 
 def _measured(preset, path, name, progress, retry=True):
     "First attempts on all test problems (`allowed` 1), and episodes of several attempts on the first of them, which take longer."
@@ -474,6 +477,15 @@ def _edited(seed, named, edit, folder):
     first(repair)
     return folder, recovery_record(folder)[0]["edit_norm_all"]
 
+def _edits_kept(f):
+    "(rows, tables of answers) of the edits that a killed run had already asked: those of whose answers both tables know."
+    import pandas as pd
+    if not (f / "recovery_answers.parquet").exists(): return [], []
+    answers, rows = pd.read_parquet(f / "recovery_answers.parquet"), pd.read_parquet(f / "recovery.parquet")
+    done = set(answers.edit)
+    rows = [r for r in rows.drop(columns="recovered", errors="ignore").to_dict("records") if edit_name(r["method"], r["top"], r["tail"], r["layers"]) in done]
+    return rows, [x for _, x in answers.groupby(["edit", "rule"], sort=False)]
+
 def run_recovery(preset, seed, folder, progress=True):
     "Every planned edit of SFT_End with SFT_MaxOOD as the donor on the same test problems: a row per edit, and a row per answer."
     import pandas as pd
@@ -482,9 +494,10 @@ def run_recovery(preset, seed, folder, progress=True):
     named, t = checkpoints(preset, folder), tasks(preset)
     asked = {rule: task.problems("test", preset.recovery_problems, 0) for rule, task in t.items()}
     def make(f):
-        rows, answers = [], []
+        rows, answers = _edits_kept(f)
         plan = [dict(method="target"), dict(method="donor")] + recovery_plan(preset)
         for edit in tqdm(plan, desc="recovery", unit="edit", leave=False, disable=not progress):
+            if edit_name(**edit) in {x.edit.iloc[0] for x in answers}: continue
             path, norm = _edited(seed, named, edit, f / "edited")
             loaded = None; loaded = load_model(path)             # one model at a time
             for rule, task in t.items():
@@ -492,9 +505,10 @@ def run_recovery(preset, seed, folder, progress=True):
                 row = dict(method=edit["method"], top=edit.get("top", math.nan), tail=edit.get("tail", 0.0), layers=edit.get("layers", ""))
                 answers.append(table[["problem", "hand", "solved_first"]].assign(edit=edit_name(**row), rule=rule, seed=seed))
                 rows.append(row | dict(edit_norm=norm, rule=rule, seed=seed) | {("success" if k == "rate" else k): v for k, v in success_rate(table).items()})
+            _write(f / "recovery.parquet", pd.DataFrame(rows))
+            _write(f / "recovery_answers.parquet", pd.concat(answers, ignore_index=True))             # last: what it knows has been done
         first(lambda: [shutil.rmtree(f / x, ignore_errors=True) for x in ("edited", "factors")])
         _write(f / "recovery.parquet", _with_share(pd.DataFrame(rows)))
-        _write(f / "recovery_answers.parquet", pd.concat(answers, ignore_index=True))
     return stage(folder / "recovery", _only(preset, "recovery", "tops", "band") | dict(seed=seed), [named["end"], named["max_ood"]], make)
 
 def _with_share(table):

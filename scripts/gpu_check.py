@@ -10,8 +10,8 @@ Parts:
     right      one training, comparison and repair of the tiny model, by a CPU and by the GPU: are the numbers the same?
     spectral   how quick and how exact the routes to a decomposition are, and a comparison in the shapes of a 7B model
     smollm2    taught base, SFT, PPO, spectra and recovery of SmolLM2 (preset smollm2-gpu), the seeds shared out among processes
-    training   SFT and PPO on SmolLM2 and on a random model of 1.2B parameters: tokens a second, share of the card's peak, memory
-    seven_b    one SFT step and one PPO iteration with LoRA on a random model of 7B parameters
+    training   SFT and PPO on SmolLM2: tokens a second, share of the card's peak, memory; what decoding waits for; configs/single_gpu.yaml as it is
+    large      the same for random models of 1.2 and of 7 billion parameters, the latter with LoRA
 
 Each part runs in a process of its own and within its share of --minutes, prints one line of JSON and a table, and is killed when its time is up;
 what it had finished stays in DIR and counts.
@@ -24,7 +24,7 @@ import argparse, contextlib, hashlib, json, os, shutil, signal, subprocess, sys,
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = dict(right=0.15, spectral=0.2, smollm2=0.45, training=0.12, seven_b=0.08)        # name: share of the minutes
+PARTS = dict(right=0.14, spectral=0.14, smollm2=0.5, training=0.08, large=0.14)        # name: share of the minutes
 PIECE = 45_000_000
 WHEELS = ("trl", "datasets", "dill", "multiprocess", "xxhash", "fastcore", "gguf", "filelock", "tqdm")   # what an image with PyTorch seldom has
 
@@ -42,7 +42,8 @@ def pinned():
 
 def pack(out):
     "Writes wheels for Python 3.12 and the model's file, the latter cut into pieces, and manifest.json with their checksums."
-    from gp_spectral.smollm2 import find_gguf
+    from gp_spectral.smollm2 import find_gguf, model_folder
+    model_folder().mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     versions = pinned()
     wanted = [f"{w}=={versions[w]}" for w in WHEELS]
@@ -50,7 +51,7 @@ def pack(out):
     subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", *platforms,
                     "--dest", out, *wanted], check=True)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, str(ROOT)], check=True)
-    gguf = find_gguf(out.parent)
+    gguf = find_gguf(model_folder())
     whole, pieces = gguf.read_bytes(), []
     for i, at in enumerate(range(0, len(whole), PIECE)):
         piece = out / f"{gguf.name}.{i:02d}"
@@ -167,11 +168,13 @@ def right(out, a):
     import numpy as np, pandas as pd, torch
     from safetensors.torch import load_file
     sides = dict(cpu=dict(CUDA_VISIBLE_DEVICES=""), gpu={})
+    running = []
     for name, env in sides.items():
         if not (out / "right" / name / "about.json").exists():
             shutil.rmtree(out / "right" / name, ignore_errors=True)
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; from gpu_check import right_run; right_run(Path({str(out / 'right' / name)!r}), {a.rehearse})"
-            subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **env})
+            running.append(subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **env}))
+    if any([p.wait() for p in running]): raise SystemExit("one of the two sides came to a bad end, see above")
     cpu, gpu = (out / "right" / s for s in sides)
     told = [json.loads((f / "about.json").read_text()) for f in (cpu, gpu)]
     read = lambda name: [pd.read_parquet(f / name) for f in (cpu, gpu)]
@@ -191,10 +194,9 @@ def right(out, a):
     close = np.abs(first[0]["mean"].to_numpy() - first[1]["mean"].to_numpy()) / np.maximum(first[0]["mean"].to_numpy(), 1e-12)
     check("angles base → SFT, median relative difference (the weights differ a little, see above)", float(np.median(close)), 1e-2)
     check("verdicts of the comparison that differ, share", float((x.verdict.to_numpy() != y.verdict.to_numpy()).mean()), 0.02)
-    code = f"from gp_spectral.angles import compare_all; compare_all([{str(gpu / 'sft/step-00000')!r}, {str(gpu / 'ppo/checkpoint')!r}], cache=None, out={str(gpu / 'by_cpu')!r}, device='cpu', progress=False)"
-    if not (gpu / "by_cpu/angles.parquet").exists(): subprocess.run([sys.executable, "-c", code], check=True)
-    code = code.replace("by_cpu", "by_gpu").replace("device='cpu'", "device=None")
-    if not (gpu / "by_gpu/angles.parquet").exists(): subprocess.run([sys.executable, "-c", code], check=True)
+    from gp_spectral.angles import compare_all
+    for side, device in (("by_cpu", "cpu"), ("by_gpu", None)):
+        compare_all([gpu / "sft/step-00000", gpu / "ppo/checkpoint"], cache=None, out=gpu / side, device=device, progress=False)
     x, y = (pd.read_parquet(gpu / s / "angles.parquet") for s in ("by_cpu", "by_gpu"))
     off = np.abs(x["mean"] - y["mean"]) / np.where(x["mean"] > 1e-2, 1e-6, np.where(x["mean"] > 1e-5, 1e-3, 1.0)) / np.maximum(x["mean"], 1e-5)
     check("angles of one pair of checkpoints, CPU and GPU, in units of the tests' tolerance (1e-3 at 1e-5 rad, 1e-6 at 1e-2 rad)", float(off.max()), 1.0)
@@ -252,7 +254,7 @@ def spectral(out, a, began):
     import torch
     from gp_spectral.svd import choose_driver
     shapes = ((64, 48), (96, 48)) if a.rehearse else ((1024, 4096), (2048, 2048), (4096, 4096), (11008, 4096), (14336, 4096))
-    limit, rows, last = 12.0, [], {}
+    limit, rows, last = 8.0, [], {}        # seconds that a route may take: it is left out where more is to be expected
     for route in routes().values(): route(heavy_tailed(64, 48))
     for m, n in shapes:
         W = heavy_tailed(m, n); W = W if m >= n else W.T
@@ -381,8 +383,10 @@ SIZES = {"1.2b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layer
          "toy": dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)}
 
 
-def tokens_of(a):
-    "The folder whose tokenizer a random model speaks."
+VOCABULARY = 49152        # of the random models; their words are those of the tiny model
+
+
+def small_model(a):
     if a.rehearse: return "tiny"
     from gp_spectral.smollm2 import smollm2
     return smollm2()
@@ -395,10 +399,10 @@ def random_model(size, source):
     from gp_spectral import ppo, sft
     kept = sft.load_model, ppo.load_model, sft.save_model, ppo.save_model, ppo._keep
     def load(checkpoint, dtype="auto", device=None):
+        if size is None: return kept[0](source, dtype, device)
         torch.manual_seed(0)
         tokenizer = kept[0](source, device="cpu")[1]
-        if size is None: return kept[0](source, dtype, device)
-        config = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **SIZES[size])
+        config = transformers.LlamaConfig(vocab_size=VOCABULARY, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **SIZES[size])
         with torch.device(device or ("cuda" if on_gpu() else "cpu")):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
         return model.eval(), tokenizer
@@ -451,7 +455,7 @@ def count(size, source):
     import torch, transformers
     from gp_spectral.sft import load_model
     if size is None: return sum(p.numel() for p in load_model(source, device="cpu")[0].parameters())
-    with torch.device("meta"): return sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=49152, **SIZES[size])).parameters())
+    with torch.device("meta"): return sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=VOCABULARY, **SIZES[size])).parameters())
 
 
 def decoding(source, a):
@@ -472,29 +476,33 @@ def decoding(source, a):
     return found
 
 
-def training(out, a):
-    source, rows = tokens_of(a), []
-    plans = [("toy", dict(batch=4, steps=3))] if a.rehearse else [
-        (None, {}), (None, dict(gradient_checkpointing=True)), (None, dict(lora=16)), ("1.2b", {}), ("1.2b", dict(gradient_checkpointing=True)), ("1.2b", dict(lora=16, dtype="bfloat16"))]
+def measured(out, part, plans, source, a, rows):
+    "A row for each plan, (size, options)."
     for size, options in plans:
         rows.append(speed_of(out, size, source, a, **options)); print(as_table(rows[-1:]), flush=True)
-        keep(out, "training", rows)
-    rows += decoding(source, a)
-    keep(out, "training", rows)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *(() if a.rehearse else ("--config_file", str(ROOT / "configs/single_gpu.yaml"))), *(("--cpu", "--mixed_precision", "no", "--num_processes", "1") if a.rehearse else ()),
+        keep(out, part, rows)
+
+
+def training(out, a):
+    source, rows = small_model(a), []
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *(("--cpu", "--mixed_precision", "no", "--num_processes", "1") if a.rehearse else ("--config_file", str(ROOT / "configs/single_gpu.yaml"))),
               "-m", "gp_spectral.study", "sft", "tiny", str(out / "launched"), "--set", "sft_steps=4", "--set", "sft_points=1", "--set", "curve_problems=16"]
     shutil.rmtree(out / "launched", ignore_errors=True)
-    done = subprocess.run(launch, capture_output=True, text=True, cwd=out)
-    settings = out / "launched" / "settings.json"
+    done, settings = subprocess.run(launch, capture_output=True, text=True, cwd=out), out / "launched" / "settings.json"
     rows.append(dict(what="accelerate launch --config_file configs/single_gpu.yaml … sft tiny", exit=done.returncode, precision=json.loads(settings.read_text())["precision"] if settings.exists() else done.stderr[-200:]))
+    rows += decoding(source, a)
+    keep(out, "training", rows)
+    toy = dict(batch=4, steps=3)
+    measured(out, "training", [(None, toy)] if a.rehearse else [(None, {}), (None, dict(gradient_checkpointing=True)), (None, dict(lora=16))], source, a, rows)
     keep(out, "training", rows, done=True)
 
 
-def seven_b(out, a):
-    source = tokens_of(a)
-    options = dict(batch=4, steps=3) if a.rehearse else dict(batch=16, micro=8, steps=4)
-    row = speed_of(out, "toy" if a.rehearse else "7b", source, a, lora=16, dtype="bfloat16", gradient_checkpointing=True, **options)
-    keep(out, "seven_b", [row], done=True)
+def large(out, a):
+    rows, lora = [], dict(lora=16, dtype="bfloat16", gradient_checkpointing=True)
+    plans = [("toy", lora | dict(batch=4, steps=3))] if a.rehearse else [
+        ("1.2b", {}), ("7b", lora | dict(batch=16, micro=8, steps=4)), ("1.2b", dict(gradient_checkpointing=True)), ("1.2b", dict(lora=16, dtype="bfloat16"))]
+    measured(out, "large", plans, "tiny", a, rows)
+    keep(out, "large", rows, done=True)
 
 
 # --- the parts, one after the other
