@@ -241,11 +241,14 @@ class Unseen:
         self.seen = frozenset(p.key for p in sft_dataset(task, examples, seed, hands)[0])
     def __getattr__(self, name): return getattr(self.task, name)
     def __repr__(self): return f"Unseen({self.task!r}, SFT on {self.hands})"
+    def _answerable(self, problem):
+        try: return bool(self.task.answer(problem))
+        except ValueError: return False          # SFT was not given it either: its form of an answer cannot express one
     def problems(self, split, n, seed=0):
         if split != "train": return self.task.problems(split, n, seed)
         found = []
         for part in range(100):
-            found += [p for p in self.task.problems("train", 4 * n, f"{seed}:unseen:{part}") if p.key not in self.seen]
+            found += [p for p in self.task.problems("train", 4 * n, f"{seed}:unseen:{part}") if p.key not in self.seen and self._answerable(p)]
             if len(found) >= n: return found[:n]
         raise ValueError("rl_hands = unseen: SFT is given all hands of the split; set sft_hands to fewer")
 

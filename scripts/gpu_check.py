@@ -9,7 +9,8 @@
 Parts:
     right      one training, comparison and repair of the tiny model, by a CPU and by the GPU: are the numbers the same?
     spectral   how quick and how exact the routes to a decomposition are, and a comparison in the shapes of a 7B model
-    smollm2    taught base, SFT, PPO, spectra and recovery of SmolLM2 (preset smollm2-gpu), the seeds shared out among processes
+    smollm2    taught base, SFT, PPO, spectra and recovery of SmolLM2 (preset smollm2-gpu), the seeds shared out among processes; some ten
+               minutes for all stages, of which those that are finished count
     training   SFT and PPO on SmolLM2: tokens a second, share of the card's peak, memory; what decoding waits for; configs/single_gpu.yaml as it is
     large      the same for random models of 1.2 and of 7 billion parameters, the latter with LoRA
 
@@ -24,7 +25,7 @@ import argparse, contextlib, hashlib, json, os, shutil, signal, subprocess, sys,
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = dict(right=0.14, spectral=0.14, smollm2=0.5, training=0.08, large=0.14)        # name: share of the minutes
+PARTS = dict(right=0.09, spectral=0.15, smollm2=0.52, training=0.1, large=0.14)        # name: share of the minutes
 PIECE = 45_000_000
 WHEELS = ("trl", "datasets", "dill", "multiprocess", "xxhash", "fastcore", "gguf", "filelock", "tqdm")   # what an image with PyTorch seldom has
 
@@ -37,7 +38,17 @@ def digest(file): return hashlib.sha256(file.read_bytes()).hexdigest()
 def pinned():
     "{package: version} of constraints.txt."
     lines = [l.split(";")[0].strip() for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l]
-    return dict(reversed(l.split("==")) and l.split("==") for l in lines)
+    return dict(l.split("==") for l in lines)
+
+
+def cut(file, out):
+    "Writes a file as pieces, and manifest.json with all checksums; the pieces."
+    whole, pieces = file.read_bytes(), []
+    for i, at in enumerate(range(0, len(whole), PIECE)):
+        piece = out / f"{file.name}.{i:02d}"
+        piece.write_bytes(whole[at:at + PIECE]); pieces.append(dict(name=piece.name, sha256=digest(piece)))
+    (out / "manifest.json").write_text(json.dumps(dict(file=file.name, sha256=digest(file), pieces=pieces), indent=1))
+    return pieces
 
 
 def pack(out):
@@ -51,13 +62,8 @@ def pack(out):
     subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", *platforms,
                     "--dest", out, *wanted], check=True)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, str(ROOT)], check=True)
-    gguf = find_gguf(model_folder())
-    whole, pieces = gguf.read_bytes(), []
-    for i, at in enumerate(range(0, len(whole), PIECE)):
-        piece = out / f"{gguf.name}.{i:02d}"
-        piece.write_bytes(whole[at:at + PIECE]); pieces.append(dict(name=piece.name, sha256=digest(piece)))
-    (out / "manifest.json").write_text(json.dumps(dict(file=gguf.name, sha256=digest(gguf), pieces=pieces, wheels=sorted(f.name for f in out.glob("*.whl"))), indent=1))
-    print(f"{out}: {len(pieces)} pieces of {gguf.name}, {len(list(out.glob('*.whl')))} wheels, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.0f} MB")
+    pieces = cut(find_gguf(model_folder()), out)
+    print(f"{out}: the model in {len(pieces)} pieces, {len(list(out.glob('*.whl')))} wheels, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.0f} MB")
 
 
 def unpack(folder, site=None):
@@ -143,7 +149,7 @@ def right_run(folder, rehearse):
     from gp_spectral.svd import spectrum
     from gp_spectral.sweep import sweep
     folder.mkdir(parents=True, exist_ok=True)
-    game, n, seconds = {r: GeneralPoints(rule) for r, rule in (("ID", "faces_as_ten"), ("OOD", "faces_as_rank"))}, 24 if rehearse else 200, {}
+    game, n, seconds = {r: GeneralPoints(rule) for r, rule in (("ID", "faces_as_ten"), ("OOD", "faces_as_rank"))}, 16 if rehearse else 48, {}
     def step(name, action):
         seconds[name], found = timed(action)
         return found
@@ -182,7 +188,8 @@ def right(out, a):
         x, y = (load_file(f / path / "model.safetensors") for f in (cpu, gpu))
         return max(float((x[k] - y[k]).norm() / x[k].norm()) for k in x)
     rows = []
-    def check(what, measured, at_most): rows.append(dict(what=what, measured=measured, at_most=at_most, right=bool(measured <= at_most)))
+    def check(what, measured, at_most):
+        rows.append(dict(what=what, measured=measured, at_most=at_most, right=bool(measured <= at_most))); keep(out, "right", rows)
     x, y = read("spectrum.parquet"); check("σ of the tiny model, largest relative difference to σ₁", float(((x.sigma - y.sigma).abs() / x.groupby("matrix").sigma.transform("max")).max()), 1e-6)
     logp = [torch.load(f / "logp.pt")[0] for f in (cpu, gpu)]; check("log-probabilities of the same answers, float32", float((logp[0] - logp[1]).abs().max()), 1e-4)
     x, y = read("answers.parquet"); check("greedy answers judged otherwise, share", float((x.solved_first != y.solved_first).mean()), 0.01)
@@ -201,8 +208,7 @@ def right(out, a):
     off = np.abs(x["mean"] - y["mean"]) / np.where(x["mean"] > 1e-2, 1e-6, np.where(x["mean"] > 1e-5, 1e-3, 1.0)) / np.maximum(x["mean"], 1e-5)
     check("angles of one pair of checkpoints, CPU and GPU, in units of the tests' tolerance (1e-3 at 1e-5 rad, 1e-6 at 1e-2 rad)", float(off.max()), 1.0)
     check("repaired weights, relative", weights("repaired"), 1e-3)
-    x, y = read("sweep.parquet"); numbers = [c for c in ("edit_norm", "energy") if c in x]
-    check("sweep: size of the edits, largest relative difference", float(((x[numbers] - y[numbers]).abs() / x[numbers].abs().clip(lower=1e-9)).max().max()) if numbers else float("nan"), 1e-2)
+    x, y = read("sweep.parquet"); check("sweep: size of the edits, largest relative difference", float(((x.edit_norm - y.edit_norm) / x.edit_norm).abs().max()), 1e-2)
     speed = [dict(what=k, cpu_seconds=told[0]["seconds"][k], gpu_seconds=told[1]["seconds"][k]) for k in told[0]["seconds"]]
     keep(out, "right", rows, seconds=speed, peak_gb=told[1]["peak_gb"], float32_matmul=torch.backends.cuda.matmul.fp32_precision if on_gpu() else "no GPU", done=True)
     print(as_table(speed))
@@ -250,8 +256,7 @@ def exactness(W, V, s):
     return float(residual), float((V.T @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).abs().max())
 
 
-def spectral(out, a, began):
-    import torch
+def spectral(out, a):
     from gp_spectral.svd import choose_driver
     shapes = ((64, 48), (96, 48)) if a.rehearse else ((1024, 4096), (2048, 2048), (4096, 4096), (11008, 4096), (14336, 4096))
     limit, rows, last = 8.0, [], {}        # seconds that a route may take: it is left out where more is to be expected
@@ -282,16 +287,15 @@ def spectral(out, a, began):
 
 def seven_shape(out, a, rows):
     "compare, factors included, of one layer in the shapes of a 7B model, reckoned for all layers, beside the floor: the factorisation alone."
-    import torch
     sys.path.insert(0, str(Path(__file__).parent))
     import random_checkpoint as made
     from gp_spectral.angles import compare_all
     from gp_spectral.checkpoint import Checkpoint
     from gp_spectral.svd import short_factors
     made.SHAPES |= {"7b-check": (64, 160, 2, 4, 4, 64) if a.rehearse else (4096, 11008, 32, 32, 32, 64)}
-    layers, folder, found = 2 if a.rehearse else 32, out / "pair", []
+    folder, found = out / "pair", []
     if not (folder / "tuned").exists():
-        made.write(folder / "base", "7b-check", layers=1) if not (folder / "base").exists() else None
+        if not (folder / "base").exists(): made.write(folder / "base", "7b-check", layers=1)
         made.perturb(folder / "tuned", folder / "base")
     pair, device = [Checkpoint(folder / n) for n in ("base", "tuned")], "cuda" if on_gpu() else "cpu"
     floor, _ = timed(lambda: [short_factors(c, m, False, device) for c in pair for m in c.matrices()])
@@ -327,8 +331,7 @@ TOY = dict(model="tiny", seeds=2, teach_steps=2, teach_examples=64, sft_batch=8,
 
 def smollm2(out, a):
     "The preset smollm2-gpu, its seeds shared out among processes that have cores of their own."
-    import pandas as pd
-    from gp_spectral.study import collect, load_preset, start_steps
+    from gp_spectral.study import load_preset
     overrides = {k: str(v) for k, v in TOY.items()} if a.rehearse else dict(x.split("=", 1) for x in a.set)
     preset = load_preset("smollm2-gpu", overrides)
     cores = sorted(os.sched_getaffinity(0))
@@ -378,6 +381,7 @@ def gather_smollm2(out, **more):
 # --- speed of training
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16 FLOP/s, from the vendor's data sheets
+BANDWIDTH = 3.35e12       # bytes/s of an H100's memory, likewise
 SIZES = {"1.2b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8),
          "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32),
          "toy": dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)}
@@ -413,8 +417,8 @@ def random_model(size, source):
     finally: sft.load_model, ppo.load_model, sft.save_model, ppo.save_model, ppo._keep = kept
 
 
-def speed_of(out, size, source, a, steps=8, batch=32, micro=None, **options):
-    "Seconds of an optimizer step of `train_sft` and of an iteration of `train_ppo`."
+def speed_of(out, size, source, a, record, steps=8, batch=32, micro=None, **options):
+    "Seconds of an optimizer step of `train_sft` and of an iteration of `train_ppo`; `record` is told each as it comes."
     import pandas as pd, torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from gp_spectral.env import GeneralPoints
@@ -435,14 +439,15 @@ def speed_of(out, size, source, a, steps=8, batch=32, micro=None, **options):
         seconds, tokens = (ends[-1] - ends[third]) / (len(ends) - 1 - third), float(log.tokens.iloc[-1]) / steps
         parameters = count(size, source)
         row |= dict(sft_seconds_a_step=seconds, sft_tokens_a_second=tokens / seconds, mfu=6 * parameters * tokens / seconds / peak() if on_gpu() else None, sft_peak_gb=memory())
+        record(row)
         config = PPOConfig(iterations=3, samples=batch, minibatch=batch, microbatch=micro or batch, epochs=2, max_new_tokens=4 if a.rehearse else 64,
                            **{k: v for k, v in options.items() if k in ("lora", "dtype", "gradient_checkpointing")})
         train_ppo(str(source), folder / "ppo", game, config, progress=False)
         last = pd.read_parquet(folder / "ppo/log.parquet").iloc[-1]
         rollout = last.length * batch * last.attempts / last.tokens_per_second
         row |= dict(ppo_seconds_a_round=last.seconds, of_it_rolling_out=rollout / last.seconds, rollout_tokens_a_second=last.tokens_per_second, ppo_peak_gb=memory())
+        record(row)
     shutil.rmtree(folder, ignore_errors=True)
-    return row
 
 
 def peak():
@@ -472,28 +477,30 @@ def decoding(source, a):
             def go(): return generate(model, tokenizer, prompts, new, 1.0)
             timed(go); seconds, answers = timed(go)
         steps = max(len(ids) for ids, _ in answers)
-        found.append(dict(what="decoding, tokens one after the other", conversations=n, ms_a_step=1e3 * seconds / steps, ms_to_read_the_weights=1e3 * bytes_ / 3e12 if on_gpu() else None))
+        found.append(dict(what="decoding, tokens one after the other", conversations=n, ms_a_step=1e3 * seconds / steps, ms_to_read_the_weights=1e3 * bytes_ / BANDWIDTH if on_gpu() else None))
     return found
 
 
 def measured(out, part, plans, source, a, rows):
     "A row for each plan, (size, options)."
     for size, options in plans:
-        rows.append(speed_of(out, size, source, a, **options)); print(as_table(rows[-1:]), flush=True)
-        keep(out, part, rows)
+        speed_of(out, size, source, a, lambda row: keep(out, part, [*rows, row]), **options)
+        rows += json.loads((out / f"{part}.json").read_text())["rows"][len(rows):]
+        print(as_table(rows[-1:]), flush=True)
 
 
 def training(out, a):
-    source, rows = small_model(a), []
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *(("--cpu", "--mixed_precision", "no", "--num_processes", "1") if a.rehearse else ("--config_file", str(ROOT / "configs/single_gpu.yaml"))),
-              "-m", "gp_spectral.study", "sft", "tiny", str(out / "launched"), "--set", "sft_steps=4", "--set", "sft_points=1", "--set", "curve_problems=16"]
-    shutil.rmtree(out / "launched", ignore_errors=True)
-    done, settings = subprocess.run(launch, capture_output=True, text=True, cwd=out), out / "launched" / "settings.json"
-    rows.append(dict(what="accelerate launch --config_file configs/single_gpu.yaml … sft tiny", exit=done.returncode, precision=json.loads(settings.read_text())["precision"] if settings.exists() else done.stderr[-200:]))
+    source, rows, toy = small_model(a), [], dict(batch=4, steps=3)
+    measured(out, "training", [(None, toy)] if a.rehearse else [(None, {}), (None, dict(gradient_checkpointing=True)), (None, dict(lora=16))], source, a, rows)
     rows += decoding(source, a)
     keep(out, "training", rows)
-    toy = dict(batch=4, steps=3)
-    measured(out, "training", [(None, toy)] if a.rehearse else [(None, {}), (None, dict(gradient_checkpointing=True)), (None, dict(lora=16))], source, a, rows)
+    as_here = ("--cpu", "--mixed_precision", "no", "--num_processes", "1") if a.rehearse else ("--config_file", str(ROOT / "configs/single_gpu.yaml"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *as_here, "-m", "gp_spectral.study", "sft", "tiny", str(out / "launched"),
+              "--set", "sft_steps=4", "--set", "sft_points=1", "--set", "curve_problems=16"]
+    shutil.rmtree(out / "launched", ignore_errors=True)
+    done, settings = subprocess.run(launch, capture_output=True, text=True, cwd=out), out / "launched" / "settings.json"
+    precision = json.loads(settings.read_text())["precision"] if settings.exists() else done.stderr[-200:]
+    rows.append(dict(what=f"accelerate launch {' '.join(map(str, as_here)).replace(str(ROOT) + '/', '')} … sft tiny", exit=done.returncode, precision=precision))
     keep(out, "training", rows, done=True)
 
 
@@ -535,7 +542,8 @@ def report(out):
         file = out / f"{name}.json"
         if not file.exists(): continue
         x = json.loads(file.read_text())
-        text += [f"## {name}", "", f"{x.get('card')}, torch {x.get('torch')}, transformers {x.get('transformers')}; {x.get('seconds_in_all')} s, {'complete' if x.get('done') else f'not complete: {x.get(chr(101) + chr(110) + chr(100) + chr(101) + chr(100))}'}", ""]
+        how = "complete" if x.get("done") else f"not complete: {x.get('ended')}"
+        text += [f"## {name}", "", f"{x.get('card')}, torch {x.get('torch')}, transformers {x.get('transformers')}; {x.get('seconds_in_all')} s, {how}", ""]
         text += [as_table(x["rows"]), ""] if x["rows"] else []
         for more in ("seconds", "seven_b"):
             if isinstance(x.get(more), list): text += [as_table(x[more]), ""]
@@ -556,7 +564,7 @@ def main():
     if a.unpack: return unpack(a.unpack)
     if a.out is None: p.error("give --out DIR, --pack DIR or --unpack DIR")
     out = a.out.resolve(); out.mkdir(parents=True, exist_ok=True)
-    if a.part: return globals()[a.part](*((out, a, time.time()) if a.part == "spectral" else (out, a)))
+    if a.part: return globals()[a.part](out, a)
     if not a.rehearse and not on_gpu(): raise SystemExit("no GPU is seen here: --rehearse runs every part at toy size without one")
     chosen = a.only or list(PARTS)
     whole, failed = sum(PARTS[n] for n in chosen), []

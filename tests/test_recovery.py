@@ -1075,3 +1075,13 @@ def test_what_a_search_refuses(folders, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["factors", "search.jsonl"]
     (tmp_path / "out" / "search.jsonl").write_text("nonsense\n")
     with pytest.raises(CheckpointError, match="damaged"): search(*folders, lambda f: 1.0, 1.0, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("method", ["anchored", "interpolate_to_norm"])
+def test_the_number_of_workers_changes_no_bit(checkpoints, tmp_path, method):
+    target, donor = checkpoints
+    written = [recover(target, donor, tmp_path / str(n), method=method, workers=n, progress=False) for n in (1, 4)]
+    assert written[0].joinpath("model.safetensors").read_bytes() == written[1].joinpath("model.safetensors").read_bytes()
+    one, four = (recovery_record(w) for w in written)
+    pd.testing.assert_frame_equal(one[1], four[1], check_exact=True)                        # the rows in the order of the matrices
+    assert one[0]["edit_norm_all"] == four[0]["edit_norm_all"]

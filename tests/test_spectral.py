@@ -204,3 +204,16 @@ def test_plots_take_the_tables(checkpoints):
                  lambda: plot_sigma_change(sigma_change(donor, donor, progress=False)), lambda: plot_angles(compare_all([donor, target, donor], progress=False).angles),
                  lambda: plot_profile(angle_profile(donor, target, "model.layers.0.mlp.up_proj.weight"))):
         axes = draw(); assert isinstance(axes, plt.Axes) and axes.get_xlabel() + axes.get_ylabel(); axes.figure.canvas.draw(); plt.close(axes.figure)
+
+
+def test_hopeless_drivers_are_not_tried_in_full_size(monkeypatch):
+    "On a GPU: the first look is at a smaller matrix of the same form, the second at those that were near."
+    from gp_spectral import svd
+    asked = []
+    def timed(shape, device, repeats=2, names=None):
+        asked.append((tuple(shape), names))
+        return {n: dict(gram=1.0, gesvd=9.0, gesvdj=1.5)[n] * (3 if n == "gram" and names else 1) for n in names or ("gram", "gesvd", "gesvdj")}
+    monkeypatch.setattr(svd, "time_drivers", timed); monkeypatch.setattr(svd, "_CHOSEN", {})
+    assert svd.choose_driver((11008, 4096), "cuda") == svd.choose_driver((4096, 11008), "cuda") == "gesvdj"
+    assert asked == [((1376, 512), None), ((11008, 4096), ["gram", "gesvdj"])]             # once for a shape, whichever way it lies
+    assert svd.choose_driver((576, 300), "cuda") == "gram" and asked[2:] == [((576, 300), None)]

@@ -194,3 +194,37 @@ def test_forecast(tmp_path):
     assert new.to_go() == pytest.approx(one * 4)
     new.here(0)                                                                         # it had not, and was killed: its seed is to be run here
     assert new.to_go() == pytest.approx(one * 5)
+
+def test_rl_is_dealt_hands_that_sft_has_not_seen():
+    from gp_spectral.sft import sft_dataset
+    from gp_spectral.study import Unseen, tasks
+    preset = load_preset("tiny", dict(rl_hands="unseen", sft_hands="30"))
+    task = tasks(preset)["ID"]
+    unseen, taught = Unseen(task, 400, 3, 30), {p.key for p in sft_dataset(task, 400, 3, 30)[0]}
+    dealt = unseen.problems("train", 500, "3:0")
+    assert len(dealt) == 500 and dealt == unseen.problems("train", 500, "3:0") != unseen.problems("train", 500, "3:1")
+    assert taught and not taught & {p.key for p in dealt}                                       # neither does SFT's set hold all, nor RL's any of it
+    assert {p.key for p in dealt} <= {p.key for p in task.problems("train", 3000)}              # and both are of the split for training
+    assert unseen.problems("validation", 20, 1) == task.problems("validation", 20, 1)
+    with pytest.raises(ValueError, match="sft_hands"): Unseen(task, 4000, 0, None).problems("train", 5)
+    with pytest.raises(ValueError, match="rl_hands"): load_preset("tiny", dict(rl_hands="unseen", sft_hands="0"))
+    with pytest.raises(ValueError, match="rl_hands"): load_preset("tiny", dict(rl_hands="others"))
+
+def test_recovery_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
+    "Killed between two edits, it asks only those that are left, and the tables are the same."
+    from gp_spectral import recovery, study
+    root = shutil.copytree(finished, tmp_path / "tiny")
+    preset, folder = study.read_preset(root), root / "0"
+    shutil.rmtree(folder / "recovery")
+    edit, made = recovery.recover, []
+    def recover(*args, **kwargs):
+        if len(made) == 4: raise KeyboardInterrupt                                              # nothing of the stage sees it
+        made.append(kwargs["method"]); return edit(*args, **kwargs)
+    monkeypatch.setattr(recovery, "recover", recover)
+    with pytest.raises(KeyboardInterrupt): study.run_recovery(preset, 0, folder, progress=False)
+    assert len(made) == 4 and not (folder / "recovery").exists()
+    monkeypatch.setattr(recovery, "recover", lambda *args, **kwargs: made.append(kwargs["method"]) or edit(*args, **kwargs))
+    study.run_recovery(preset, 0, folder, progress=False)
+    assert len(made) == len(recovery_plan(preset))                                              # none twice
+    for name in ("recovery", "recovery_answers"):
+        pd.testing.assert_frame_equal(*(pd.read_parquet(x / "0" / "recovery" / f"{name}.parquet") for x in (finished, root)), check_exact=True)
