@@ -691,7 +691,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 def add_arguments(parser):
     "The arguments of `compare`, for `gp-spectral` and `python -m gp_spectral.angles`."
     a = parser.add_argument
-    a("checkpoints", nargs="+", help="the base, then what was made of it: folders, hub names (org/name) or 'tiny', full models or LoRA adapters")
+    a("checkpoints", nargs="+", help="the base, then what was made of it: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'; full models or LoRA adapters")
     a("--out", default="comparison", help="folder for tables and pictures; finished matrices survive there when it is stopped")
     a("--fraction", type=float, default=0.2, help="size of head, bulk and tail, a share of the ranks")
     a("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")

@@ -1112,6 +1112,7 @@ _ELSEWHERE = {   # commands of the spectral wing: module, help
 
 def _parser():
     p = argparse.ArgumentParser(prog="gp-spectral", description="What SFT and RL do to a model's singular vectors, and how to undo it.", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--version", action="version", version=f"gp-spectral {metadata.version('gp_spectral')}")
     sub = p.add_subparsers(dest="command", required=True, metavar="command")
     def command(name, help, *folders):
         c = sub.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1128,11 +1129,11 @@ def _parser():
     c = with_rl(with_training(with_preset(command("study", "run every stage, and write report.html"))))
     c.add_argument("--seeds", type=int, help="independent repetitions of SFT and PPO; default: the preset's"); c.add_argument("--out", default="runs", help="the run folder is OUT/PRESET")
     for name, text in (("sft", "supervised fine-tuning on the ID rule"), ("ppo", "PPO (or GRPO, RLOO) on the ID rule")):
-        c = with_training(with_preset(command(name, text, ("model", "checkpoint folder to start from, 'tiny' or 'smollm2'"), ("out", "folder to write")))); c.add_argument("--seed", type=int, default=0, help="of data and sampling")
+        c = with_training(with_preset(command(name, text, ("model", "checkpoint to start from: a folder, a trainer's run, a hub name (org/name), 'tiny' or 'smollm2'"), ("out", "folder to write")))); c.add_argument("--seed", type=int, default=0, help="of data and sampling")
         if name == "ppo": with_rl(c)
-    c = with_preset(command("evaluate", "success of checkpoints under both rules", ("checkpoints+", "checkpoint folders, or 'tiny'")))
+    c = with_preset(command("evaluate", "success of checkpoints under both rules", ("checkpoints+", "checkpoints: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'")))
     c.add_argument("--split", default="test", help="split of the hands: pretrain, train, validation or test"); c.add_argument("--table", help="also write the rows to this .csv or .parquet file")
-    c = command("spectrum", "singular values of checkpoints", ("checkpoints+", "checkpoint folders"))
+    c = command("spectrum", "singular values of checkpoints", ("checkpoints+", "checkpoints: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"))
     c.add_argument("--table", help="also write the rows to this .csv or .parquet file"); c.add_argument("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")
     c.add_argument("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given"); c.add_argument("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given")
     for name, (module, text) in _ELSEWHERE.items(): sub.add_parser(name, help=text, add_help=False)

@@ -945,8 +945,9 @@ def test_packed_integers_are_named(tmp_path):
 
 
 def test_the_shipped_model_by_its_name(tmp_path, monkeypatch):
-    "`tiny`, wherever one stands; a folder of that name comes first."
+    "`tiny`, wherever one stands; a folder of that name is `./tiny`, and whoever has one is told."
     monkeypatch.chdir(tmp_path)
     assert Checkpoint("tiny").label == "tiny" and (Checkpoint("tiny").path / "model.safetensors").is_file()
-    write(tmp_path / "tiny", weights())
-    assert Checkpoint("tiny").path.resolve() == tmp_path / "tiny"
+    shipped, _ = Checkpoint("tiny").path, write(tmp_path / "tiny", weights())
+    with pytest.warns(UserWarning, match="the folder here is ./tiny"): assert Checkpoint("tiny").path == shipped
+    assert Checkpoint("./tiny").path.resolve() == tmp_path / "tiny"

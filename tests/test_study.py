@@ -228,3 +228,8 @@ def test_recovery_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     assert len(made) == len(recovery_plan(preset))                                              # none twice
     for name in ("recovery", "recovery_answers"):
         pd.testing.assert_frame_equal(*(pd.read_parquet(x / "0" / "recovery" / f"{name}.parquet") for x in (finished, root)), check_exact=True)
+
+def test_the_command_by_its_module():
+    said = [subprocess.run([sys.executable, "-m", "gp_spectral", word], capture_output=True, text=True) for word in ("--version", "--help")]
+    from importlib.metadata import version
+    assert [s.returncode for s in said] == [0, 0] and said[0].stdout == f"gp-spectral {version('gp_spectral')}\n" and "examples:" in said[1].stdout

@@ -149,3 +149,43 @@ def test_five_methods_are_a_task(tmp_path):
     assert set(curve.rule) == {"ID"} and len(evaluate(tmp_path / "sft/step-00002", Coin(), "test", 4, attempts=2)) == 4
     train_ppo(tmp_path / "sft/step-00002", tmp_path / "ppo", Coin(), PPOConfig(iterations=1, samples=8, minibatch=8, attempts=2), {"ID": Coin()}, n_eval=4, progress=False)
     train_grpo(tmp_path / "sft/step-00002", tmp_path / "grpo", Coin(), GRPOConfig(iterations=1, samples=8, minibatch=8), {"ID": Coin()}, n_eval=4, progress=False)
+
+
+def test_an_adapter_is_a_checkpoint_to_train_from(tmp_path):
+    "Its base with the adapter merged: what peft makes of the two, and what the spectral side reads."
+    from peft import get_peft_model
+    from gp_spectral.checkpoint import Checkpoint
+    from gp_spectral.sft import lora_config
+    network = get_peft_model(load_model("tiny")[0], lora_config(4))
+    torch.manual_seed(0)
+    for name, p in network.named_parameters():
+        if "lora_B" in name: p.data.normal_(std=0.05)
+    network.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | dict(base_model_name_or_path="tiny")))
+    merged, tokenizer = load_model(tmp_path / "adapter")
+    read = Checkpoint(tmp_path / "adapter")
+    for m in read.matrices(): torch.testing.assert_close(read.matrix(m), merged.get_parameter(m.name).detach(), atol=1e-6, rtol=0)
+    assert furthest_from_tiny(merged) > 0.01 and tokenizer.chat_template and not hasattr(merged, "peft_config")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "base_model_name_or_path"}))
+    with pytest.raises(ValueError, match="names no base model"): load_model(tmp_path / "adapter")
+
+
+def furthest_from_tiny(model):
+    base = load_file(TINY / "model.safetensors")
+    return max((model.get_parameter(k).detach() - v).abs().max().item() for k, v in base.items())
+
+
+def test_both_wings_understand_the_same_words(tmp_path, monkeypatch):
+    from gp_spectral.checkpoint import Checkpoint, CheckpointError
+    for step in (9, 10): shutil.copytree(TINY, tmp_path / f"run/checkpoint-{step}")
+    with pytest.warns(UserWarning, match="its newest checkpoint is taken, checkpoint-10"): load_model(tmp_path / "run")
+    with pytest.warns(UserWarning, match="checkpoint-10"): assert Checkpoint(tmp_path / "run").label == "checkpoint-10"
+    monkeypatch.setenv("GP_SPECTRAL_MODELS", str(tmp_path / "models"))
+    shutil.copytree(TINY, tmp_path / "models/SmolLM2-135M-Instruct")                     # what stands where the real one would
+    assert Checkpoint("smollm2").label == "smollm2" and load_model("smollm2")[1].chat_template
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **k: str(TINY) if name == "org/model" else 1 / 0)
+    assert Checkpoint("org/model").path == TINY and load_model("org/model")[1].chat_template
+    for wing in (Checkpoint, load_model):
+        with pytest.raises(CheckpointError, match="the hub gave no model of that name"): wing("org/nothing")
+        with pytest.raises(TypeError, match="int is not the name of a checkpoint"): wing(3)
