@@ -20,6 +20,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from .folders import atomic, write_json
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, preflight, with_base
 from .svd import (_CHOSEN, SPLIT, _by_numpy, _gram, _long_side, _mm, _plain_log, _sides, as_cache, change_row, choose_driver, factors,
                              looks_untrained, one_thread, relative_change, short_factors)
@@ -351,10 +352,7 @@ def share_out(
     return hands
 
 # %% ../nbs/04_angles.ipynb #01ce7eb3
-def _write_json(path, value):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w") as f: f.write(json.dumps(value)); f.flush(); os.fsync(f.fileno())
-    os.replace(part, path)
+def _write_json(path, value): write_json(value, path, indent=None, sync=True, shared=True)
 
 def _stamp(c):
     "What a checkpoint's matrices come from: tensors and files, for an adapter its own files, too, and what it does with them."
@@ -535,7 +533,7 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
 def _finish(out, table):
     "Writes the tables, then removes the parts that they were made of."
     for name, x in table._asdict().items():
-        x.to_parquet(out / f"{name}.part"); os.replace(out / f"{name}.part", out / f"{name}.parquet")
+        with atomic(out / f"{name}.parquet") as part: x.to_parquet(part)
     shutil.rmtree(out / "parts", ignore_errors=True)
 
 def read_comparison(

@@ -13,7 +13,7 @@ import hashlib, json, math, os, re, shutil, struct, tempfile, warnings
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
-from .folders import HUB_NAME, CheckpointError, locate
+from .folders import HUB_NAME, CheckpointError, atomic, locate
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -846,11 +846,9 @@ def _rewrite(file, new):
         size = prod(shape) * dtype.itemsize
         header[n], at = dict(dtype=codes[dtype], shape=list(shape), data_offsets=[at, at + size]), at + size
     text = json.dumps(header).encode(); text += b" " * (-len(text) % 8)
-    part = file.with_name(file.name + ".part")
-    with open(part, "wb") as f:
+    with atomic(file) as part, open(part, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for n in {**old, **new}: f.write(_raw(new[n] if n in new else _read(old[n], n)))
-    os.replace(part, file)
 
 # %% ../nbs/02a_checkpoint.ipynb #06cfc56c
 @patch

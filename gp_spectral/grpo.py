@@ -21,8 +21,9 @@ from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from .folders import write_json
 from .sft import check_numbers, complete, curve_row, evaluate, finished, load_model, lora_config, one_at_a_time, prompt_ids, save_model, success_rate, task_name, world
-from .sft import Float32Outputs, accumulating, one_gpu, release, resolve_precision, write_json, write_table
+from .sft import Float32Outputs, accumulating, one_gpu, release, resolve_precision, write_table
 
 # %% ../nbs/02b_grpo.ipynb #7ea01b5f
 def group_advantages(

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 
+from .folders import atomic
 from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, keep_float32, release, load_model, lora_config, one_at_a_time, play
 from .sft import refuse_diverged, resolve_precision, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
 
@@ -495,7 +496,6 @@ def _update(net, optimizer, accelerator, e, config, steps):
 def _keep(out, bare, optimizer, accelerator, state):
     "Writes the state of a round to resume.pt, whole or not at all."
     refuse_diverged(bare, f"the state of round {state['round']}")
-    part, file = out / "resume.part", out / "resume.pt"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.save_state(str(out / f"deepspeed-{state['round']}")); state = state | dict(folder=f"deepspeed-{state['round']}")
     elif is_sharded(bare):
@@ -504,9 +504,9 @@ def _keep(out, bare, optimizer, accelerator, state):
         state = state | dict(net=full_state(bare), optimizer=get_optimizer_state_dict(bare, optimizer.optimizer, options=options))
     else: state = state | dict(net=bare.state_dict(), optimizer=optimizer.state_dict())
     if accelerator.is_main_process:
-        try: torch.save(state, part); part.replace(file)
+        try:
+            with atomic(out / "resume.pt") as part: torch.save(state, part)
         except (OSError, RuntimeError) as e:
-            part.unlink(missing_ok=True)
             what = f"round {state['round']} could not be kept in {out} ({e})"
             raise OSError(f"{what}: make room and start the same command again, it goes on from the round before") from e
         for old in out.glob("deepspeed-*"):

@@ -8,9 +8,9 @@ Docs: https://gp-spectral.github.io/gp_spectral/sft.html.md"""
 __all__ = ['RULE_COLORS', 'resolve', 'load_model', 'world', 'resolve_precision', 'end_world', 'is_sharded', 'gather_to_generate',
            'keep_float32', 'Float32Outputs', 'accumulating', 'one_gpu', 'release', 'inference', 'full_state',
            'refuse_diverged', 'save_model', 'Turn', 'Episode', 'prompt_ids', 'retry_ids', 'generate', 'play',
-           'evaluate', 'success_rate', 'summary', 'sft_dataset', 'write_table', 'write_json', 'task_name', 'finished',
-           'complete', 'claimed', 'one_at_a_time', 'curve_row', 'curve_steps', 'lora_config', 'check_numbers',
-           'train_sft', 'pick', 'plot_curve']
+           'evaluate', 'success_rate', 'summary', 'sft_dataset', 'write_table', 'task_name', 'finished', 'complete',
+           'claimed', 'one_at_a_time', 'curve_row', 'curve_steps', 'lora_config', 'check_numbers', 'train_sft', 'pick',
+           'plot_curve']
 
 # %% ../nbs/01_sft.ipynb #55b64304
 import functools, gc, inspect, json, math, os, shutil, sys, time, warnings
@@ -24,7 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from filelock import FileLock, Timeout
-from .folders import TINY, locate
+from .folders import atomic, locate, write_json
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers import TrainerCallback, set_seed
@@ -239,12 +239,9 @@ def save_model(
         base, state = _merged_state(model, state) if hasattr(model, "peft_config") else (model, state)
         tied = getattr(base, "all_tied_weights_keys", None) or {}                  # one tensor of two names
         state = {k: v for k, v in state.items() if k not in tied}
-        part = out.with_name(out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-        try:
-            with _quiet(): base.save_pretrained(part, state_dict=state); tokenizer.save_pretrained(part)
-        except BaseException: shutil.rmtree(part, ignore_errors=True); raise
-        shutil.rmtree(out, ignore_errors=True); part.rename(out)
+        with atomic(out) as part, _quiet():
+            part.mkdir(parents=True)
+            base.save_pretrained(part, state_dict=state); tokenizer.save_pretrained(part)
     world().wait_for_everyone()
     return out
 
@@ -441,15 +438,7 @@ def sft_dataset(task, examples, seed=0, hands=None):
 # %% ../nbs/01_sft.ipynb #43881f1e
 def write_table(rows, path):
     "Writes rows as Parquet, whole or not at all."
-    part = Path(path).with_suffix(".part")
-    try: pd.DataFrame(rows).to_parquet(part); part.replace(path)
-    except BaseException: part.unlink(missing_ok=True); raise
-
-def write_json(value, path):
-    "Writes a value as JSON, whole or not at all."
-    part = Path(path).with_suffix(".part")
-    try: part.write_text(json.dumps(value, indent=1)); part.replace(path)
-    except BaseException: part.unlink(missing_ok=True); raise
+    with atomic(path) as part: pd.DataFrame(rows).to_parquet(part)
 
 def task_name(task):
     "What a run's settings call a task: its `repr`, if its class says what that is, else the class's name."

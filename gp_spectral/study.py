@@ -982,6 +982,7 @@ def _page(preset, tables, seeds, command, pictures):
 def write_report(preset, root, seeds, command=""):
     "Writes tables/*.parquet, figures/*.png and report.html (one file, opens offline)."
     import io
+    from gp_spectral.folders import atomic
     tables, pictures = collect(preset, root, seeds), []
     (root / "tables").mkdir(exist_ok=True); (root / "figures").mkdir(exist_ok=True)
     for name, t in tables.items():
@@ -989,8 +990,7 @@ def write_report(preset, root, seeds, command=""):
     for i, (title, text, figure) in enumerate(figures(tables, checkpoints(preset, root / str(seeds[0])))):
         file = io.BytesIO(); figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
         (root / "figures" / f"{i + 1}.png").write_bytes(file.getvalue()); pictures.append((title, text, file.getvalue()))
-    part = root / "report.part"
-    part.write_text(_page(preset, tables, seeds, command, pictures), encoding="utf-8"); part.replace(root / "report.html")
+    with atomic(root / "report.html") as part: part.write_text(_page(preset, tables, seeds, command, pictures), encoding="utf-8")
     return root / "report.html"
 
 def read_preset(root):
@@ -1056,7 +1056,8 @@ def study(
     trackers=(),      # where else to log the trainings: 'tensorboard', 'wandb', 'trackio', …
 ) -> Path:            # report.html
     "Runs every stage that is not finished, and writes the report. Started several times at once, each process takes the next seed; under `accelerate launch` all processes call it together."
-    from gp_spectral.sft import claimed, resolve, resolve_precision, world, write_json
+    from gp_spectral.folders import write_json
+    from gp_spectral.sft import claimed, resolve, resolve_precision, world
     name = preset if isinstance(preset, str) else "custom"
     chosen = load_preset(preset, overrides) if isinstance(preset, str) else preset
     if overrides and not isinstance(preset, str): raise ValueError("overrides go with a preset's name: give a `Preset` what it is to say, dataclasses.replace(preset, …)")

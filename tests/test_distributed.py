@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from made import furthest
 from safetensors.torch import load_file
-from gp_spectral.sft import TINY
+from gp_spectral.folders import TINY
 
 SCRIPT = """
 import json, os, sys, warnings
@@ -83,7 +83,7 @@ elif what == "study":
     import pandas as pd
     from gp_spectral.study import checkpoints, first, load_preset, main, share, stage
     root, ran = Path(out), []
-    def one(folder): ran.append(stage(folder / "sft", dict(seed=folder.name), [sft.TINY], lambda part: None))
+    def one(folder): ran.append(stage(folder / "sft", dict(seed=folder.name), [TINY], lambda part: None))
     share([root / "0", root / "1"], one)
     assert ran == [root / "0/sft", root / "1/sft"]
     first(lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(root / "0/sft/curve.parquet"))

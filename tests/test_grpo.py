@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from gp_spectral import grpo
 from gp_spectral.env import Feedback, GeneralPoints
 from gp_spectral.grpo import GRPOConfig, Verifier, group_advantages, train_grpo
-from gp_spectral.sft import TINY, load_model, prompt_ids
+from gp_spectral.folders import TINY
+from gp_spectral.sft import load_model, prompt_ids
 
 ID = GeneralPoints()
 SMALL = GRPOConfig(iterations=2, samples=16, generations=4, minibatch=8, temperature=2.0)

@@ -2,7 +2,7 @@
 import shutil, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 from gp_spectral.explore import Run
-from gp_spectral.sft import write_json
+from gp_spectral.folders import write_json
 from gp_spectral.study import Preset, _Progress, checkpoints, claims, load_preset, main, recovery_plan, edit_name, stage_seconds
 
 LITTLE = dict(test_problems=24, retry_problems=8, curve_problems=16, sft_steps=6, sft_points=2, sft_examples=64, ppo_iterations=3, ppo_samples=24, ppo_minibatch=24, tops="0.2",
