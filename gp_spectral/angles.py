@@ -447,7 +447,13 @@ def _gather(out, results, count):
     return Comparison(*(pd.DataFrame([row for result in results for row in result[k]]) for k in (0, 1)))
 
 # %% ../nbs/04_angles.ipynb #dfe07e96
-ON_GPU = 8     # matrices at once on a GPU: one is decomposed there while angles and floors of others are made on the CPU
+ON_GPU = 8     # matrices at once on a GPU: while some are decomposed there, angles and floors of others are made on the CPU
+
+def _workers_on(device, shapes, wide, checkpoints):
+    "How many matrices to work on at once where a GPU decomposes: as long as the memory of both sides holds them."
+    free, _ = torch.cuda.mem_get_info(device)
+    each = max(8 * 8 * max(x) * min(x) for x in shapes)                     # on the card: the matrix in float64, its products, LAPACK's workspace
+    return int(max(1, min(ON_GPU, free // 2 // each, _workers(shapes, len(shapes), wide, np.inf, checkpoints))))
 
 def _set_up(device, matrices):
     "On a GPU: the first call of each decomposition, which is not safe in several threads, and the choice of drivers."
@@ -507,9 +513,9 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
     todo = [i for i in hand if out is None or not part(i).is_file()]
     costs, begun = {i: _cost(found[i].shape) for i in hand}, time.time()
     wide = any(c.dtype(found[i].tensor or found[i].name).itemsize > 1 for c in cs for i in todo)
-    most = len(todo) if device == "cpu" else min(len(todo), ON_GPU)
-    if todo and not workers: workers = _workers([found[i].shape for i in todo], most, wide, min(map(_size, cs)), len(cs))
-    if device != "cpu": _set_up(device, found)
+    shapes = [found[i].shape for i in todo]
+    if todo and not workers: workers = _workers(shapes, len(todo), wide, min(map(_size, cs)), len(cs)) if device == "cpu" else _workers_on(device, shapes, wide, len(cs))
+    if todo and device != "cpu": _set_up(device, [found[i] for i in todo])
     total = sum(costs.values())
     bar = tqdm(total=total, initial=total - sum(costs[i] for i in todo), desc=f"0/{len(hand)} matrices", disable=not progress, leave=False,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")

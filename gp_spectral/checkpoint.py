@@ -13,7 +13,7 @@ import hashlib, json, math, os, re, shutil, struct, tempfile, warnings
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
-from .folders import HUB_NAME, CheckpointError, atomic, locate
+from .folders import CheckpointError, atomic, base_of, locate
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -569,7 +569,7 @@ _DIGESTS = {}   # file -> (its size and time of change, {piece: digest})
 def _remember(file, piece, make):
     "A digest of a piece of a file, made once as long as the file does not change."
     s = file.stat()
-    if _DIGESTS.setdefault(str(file.resolve()), ((s.st_size, s.st_mtime_ns), {}))[0] != (s.st_size, s.st_mtime_ns): _DIGESTS.pop(str(file.resolve()))
+    if _DIGESTS.setdefault(str(file.resolve()), ((s.st_size, s.st_mtime_ns), {}))[0] != (s.st_size, s.st_mtime_ns): _DIGESTS.pop(str(file.resolve()), None)
     known = _DIGESTS.setdefault(str(file.resolve()), ((s.st_size, s.st_mtime_ns), {}))[1]
     if piece not in known: known[piece] = make()
     return known[piece]
@@ -675,12 +675,9 @@ def _open_adapter(self:Checkpoint, base):
     if not file.is_file():
         raise CheckpointError(f"{self.path} is an adapter without adapter_model.safetensors: "
                               "save it again with safe_serialization=True (pickles are not read)")
-    named = c.get("base_model_name_or_path")
     if base is None:
-        if not named: raise CheckpointError(f"{at} does not name its base: give it, --base on the command line or Checkpoint({str(self.path)!r}, base=...)")
-        beside = self.path / named
-        pinned = f"{named}@{c['revision']}" if c.get("revision") and HUB_NAME.fullmatch(named) else named
-        base = named if Path(named).is_dir() else beside if beside.is_dir() else pinned
+        base = base_of(self.path, c)
+        if base is None: raise CheckpointError(f"{at} does not name its base: give it, --base on the command line or Checkpoint({str(self.path)!r}, base=...)")
     try: self.base = as_checkpoint(base)
     except CheckpointError as e:
         raise CheckpointError(f"{self.path} is an adapter, and its base cannot be opened ({e}): "

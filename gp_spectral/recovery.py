@@ -12,7 +12,7 @@ __all__ = ['THIN', 'METHODS', 'CHUNK', 'METHOD_STYLES', 'chosen_ranks', 'Edit', 
 # %% ../nbs/05_recovery.ipynb #a96125da
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, describe, layer_range, preflight
 from .svd import Factors, factorize, factors as factors_of, one_thread
-from .angles import _size, _workers, band_size, null_sigma, principal_angles, rounding_std
+from .angles import _workers, band_size, null_sigma, principal_angles, rounding_std
 import hashlib, inspect, json, math, os, shutil, tempfile, warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -563,7 +563,7 @@ def _edit_into(job, part, workers, progress):
     "Edits the matrices, several at once, each on one thread so that sums are the same however many there are; the rows in their order."
     if not job.matrices: return []
     shapes, rows = [m.shape for m in job.matrices], {}
-    workers = workers or _workers(shapes, len(shapes), size=_size(job.target))
+    workers = workers or _workers(shapes, len(shapes), size=math.inf, checkpoints=4)      # an edit and its certificate hold about twice what a comparison does
     with one_thread(), ThreadPoolExecutor(workers) as pool, tqdm(total=len(shapes), **_bar(job, progress)) as bar:
         waiting = {pool.submit(lambda m: _certified(job, m, _edited(job, m)), m): i for i, m in enumerate(job.matrices)}
         try:

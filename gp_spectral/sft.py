@@ -24,7 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from filelock import FileLock, Timeout
-from .folders import atomic, locate, write_json
+from .folders import atomic, base_of, locate, write_json
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers import TrainerCallback, set_seed
@@ -99,12 +99,21 @@ def load_model(
 
 # %% ../nbs/01_sft.ipynb #6310a9e9
 def _with_adapter(path, dtype, device):
-    "(model, tokenizer) of a LoRA adapter: its base, with the adapter merged."
-    from peft import PeftModel
-    named = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not named: raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path): say what the adapter is laid over")
-    model, tokenizer = load_model(named, dtype, device)
-    with _no_outlook(): return PeftModel.from_pretrained(model, path).merge_and_unload().eval(), tokenizer
+    "(model, tokenizer) of a LoRA adapter: its base, with the adapter merged; a `ValueError` when the two do not belong together."
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+    base = base_of(path, json.loads((path / "adapter_config.json").read_text()))
+    if base is None: raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path): say what the adapter is laid over")
+    model, tokenizer = load_model(base, dtype, device)
+    with safe_open(path / "adapter_model.safetensors", "pt") as f: stored = set(f.keys())
+    try:
+        with _no_outlook(), _quiet(transformers_logging.ERROR): network = PeftModel.from_pretrained(model, path)
+    except (RuntimeError, KeyError, ValueError) as e: raise ValueError(f"{path} does not fit its base {base}: {e}") from e
+    lost = sorted(stored ^ set(get_peft_model_state_dict(network)))
+    if lost: raise ValueError(f"{path} does not fit its base {base}: {lost[0]} is in one of the two only ({len(lost)} in all)")
+    bad = _not_finite(network)
+    if bad: raise ValueError(f"{bad} of {path} holds NaN or infinite values: the training that wrote it diverged; use an earlier checkpoint")
+    return network.merge_and_unload().eval(), tokenizer
 
 
 # %% ../nbs/01_sft.ipynb #eb7c43e1
@@ -345,7 +354,7 @@ def play(
     attempts=1,         # attempts per episode, at most
     temperature=0.0,    # of sampling; 0 is greedy
     max_new_tokens=None,# per attempt; None asks the task
-    batch_size=None,    # conversations at once; None: 256, and 1024 on a GPU
+    batch_size=None,    # conversations at once; None: 256, and 1024 for a model of less than a billion parameters on a GPU
     progress=None,      # a word for the progress bar; None shows none
     seed=(0,),          # of sampling: whole numbers; each attempt at each problem adds its own
     share=False,        # several processes: each plays its share, and all get all episodes; all of them must call
@@ -353,7 +362,7 @@ def play(
 ) -> list:              # of `Episode`, in the order of `problems`
     "Plays episodes: answer, verdict, next attempt, until solved or out of attempts."
     limit, state = max_new_tokens or getattr(task, "max_new_tokens", 512), world()
-    batch_size = batch_size or (256 if model.device.type == "cpu" else 1024)
+    batch_size = batch_size or (1024 if model.device.type != "cpu" and sum(p.numel() for p in model.parameters()) < 1e9 else 256)
     rank, ranks = (state.process_index, state.num_processes) if share else (0, 1)
     lockstep = ranks > 1 and is_sharded(model)                 # then each forward pass is everybody's
     most = lambda n: max(gather_object([n])) if lockstep else n

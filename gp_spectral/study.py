@@ -239,7 +239,9 @@ class Unseen:
         from gp_spectral.sft import sft_dataset
         self.task, self.hands = task, (examples, seed, hands)
         self.seen = frozenset(p.key for p in sft_dataset(task, examples, seed, hands)[0])
-    def __getattr__(self, name): return getattr(self.task, name)
+    def __getattr__(self, name):
+        if name == "task": raise AttributeError(name)          # of a copy that is not filled yet
+        return getattr(self.task, name)
     def __repr__(self): return f"Unseen({self.task!r}, SFT on {self.hands})"
     def _answerable(self, problem):
         try: return bool(self.task.answer(problem))
@@ -439,6 +441,7 @@ def run_spectra(preset, seed, folder, progress=True):
     import pandas as pd
     from gp_spectral.angles import compare_all
     from gp_spectral.recovery import recover
+    from gp_spectral.sft import write_table
     from gp_spectral.svd import Checkpoint, spectrum
     named = {k: v for k, v in checkpoints(preset, folder).items() if k in ("base", "max_ood", "end", "rl")}
     def make(f):
@@ -450,7 +453,7 @@ def run_spectra(preset, seed, folder, progress=True):
         found = compare_all(opened, [(at[a], at[b]) for a, b in PAIRS], preset.band, progress=progress, out=f / "comparison")
         def write():
             for name, table in (("angles", found.angles), ("sigma", found.changes), ("spectrum", pd.concat([spectrum(c, progress=False) for c in opened]))):
-                table.assign(seed=seed).to_parquet(f / f"{name}.parquet")
+                write_table(table.assign(seed=seed), f / f"{name}.parquet")
             shutil.rmtree(noise); shutil.rmtree(f / "comparison")
         first(write)
     return stage(folder / "spectra", _only(preset, "band") | dict(seed=seed), named.values(), make)
@@ -465,7 +468,7 @@ def recovery_plan(preset):
 
 def edit_name(method, top=math.nan, tail=0.0, layers=""):
     "An edit in a word: 'anchored 20%', 'uv tail 20%', 'reset first 25%', 'target'."
-    parts = [method, f"{top:.0%}" if top and math.isfinite(top) else "", f"tail {tail:.0%}" if tail else "", layers]
+    parts = [method, f"{100 * top:.4g}%" if top and math.isfinite(top) else "", f"tail {100 * tail:.4g}%" if tail else "", layers]
     return " ".join(p for p in parts if p)
 
 # %% ../nbs/06_study.ipynb #ebc7b980
@@ -475,7 +478,7 @@ def _edited(seed, named, edit, folder):
     if edit["method"] == "target": return named["end"], 0.0
     if edit["method"] == "donor": return named["max_ood"], 1.0
     def repair():
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder, *folder.parent.glob(f".{folder.name}.*.partial")): shutil.rmtree(left, ignore_errors=True)      # of a killed run
         recover(named["end"], named["max_ood"], folder, **edit, seed=seed, cache=folder.with_name("factors"), certify="quick", progress=False)
     first(repair)
     return folder, recovery_record(folder)[0]["edit_norm_all"]
@@ -498,9 +501,10 @@ def run_recovery(preset, seed, folder, progress=True):
     asked = {rule: task.problems("test", preset.recovery_problems, 0) for rule, task in t.items()}
     def make(f):
         rows, answers = _edits_kept(f)
+        done = {x.edit.iloc[0] for x in answers}
         plan = [dict(method="target"), dict(method="donor")] + recovery_plan(preset)
         for edit in tqdm(plan, desc="recovery", unit="edit", leave=False, disable=not progress):
-            if edit_name(**edit) in {x.edit.iloc[0] for x in answers}: continue
+            if edit_name(**edit) in done: continue
             path, norm = _edited(seed, named, edit, f / "edited")
             loaded = None; loaded = load_model(path)             # one model at a time
             for rule, task in t.items():

@@ -47,7 +47,8 @@ def cut(file, out):
     for i, at in enumerate(range(0, len(whole), PIECE)):
         piece = out / f"{file.name}.{i:02d}"
         piece.write_bytes(whole[at:at + PIECE]); pieces.append(dict(name=piece.name, sha256=digest(piece)))
-    (out / "manifest.json").write_text(json.dumps(dict(file=file.name, sha256=digest(file), pieces=pieces), indent=1))
+    wheels = sorted(f.name for f in out.glob("*.whl"))
+    (out / "manifest.json").write_text(json.dumps(dict(file=file.name, sha256=digest(file), pieces=pieces, wheels=wheels), indent=1))
     return pieces
 
 
@@ -70,8 +71,12 @@ def unpack(folder, site=None):
     "Installs the wheels into folder/site, joins the pieces into folder/models; whatever has not arrived yet is said and left for the next call."
     note = json.loads((folder / "manifest.json").read_text())
     site, models = site or folder / "site", folder / "models"
-    if not site.exists():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", site, *folder.glob("*.whl")], check=True)
+    part = site.with_name(f"{site.name}.part")
+    lost = [w for w in note["wheels"] if not (folder / w).exists() and not site.exists()]
+    if not lost and not site.exists():
+        shutil.rmtree(part, ignore_errors=True); part.mkdir()
+        if note["wheels"]: subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", part, *(folder / w for w in note["wheels"])], check=True)
+        part.rename(site)
     missing = [p["name"] for p in note["pieces"] if not (folder / p["name"]).exists()]
     broken = [p["name"] for p in note["pieces"] if p["name"] not in missing and digest(folder / p["name"]) != p["sha256"]]
     if broken: raise SystemExit(f"{', '.join(broken)} in {folder}: not what was packed (another checksum); bring them again")
@@ -81,7 +86,7 @@ def unpack(folder, site=None):
         with open(part, "wb") as f: f.writelines((folder / p["name"]).read_bytes() for p in note["pieces"])
         if digest(part) != note["sha256"]: raise SystemExit(f"{note['file']} does not have the checksum that it was packed with")
         part.replace(models / note["file"])
-    print(f"export PYTHONPATH={site.resolve()} GP_SPECTRAL_MODELS={models.resolve()}" if not missing else f"still to come: {', '.join(missing)}")
+    print(f"export PYTHONPATH={site.resolve()} GP_SPECTRAL_MODELS={models.resolve()}" if not missing + lost else f"still to come: {', '.join(missing + lost)}")
 
 
 # --- what the parts share
@@ -117,7 +122,7 @@ def about():
     from importlib import metadata
     import torch
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return dict(card=card, driver_cuda=torch.version.cuda, python=platform.python_version(),
+    return dict(card=card, built_for_cuda=torch.version.cuda, python=platform.python_version(),
                 **{p: metadata.version(p) for p in ("torch", "transformers", "trl", "accelerate", "peft")})
 
 
@@ -243,9 +248,10 @@ def routes():
 
 
 def heavy_tailed(m, n, seed=0):
-    "A matrix whose columns fall in scale by a factor of a hundred, rounded to bfloat16: a spectrum like a trained one's."
+    "A Gaussian matrix scaled along its short side by a factor of a hundred, rounded to bfloat16: a spectrum with a heavy tail."
     import torch
-    W = 0.02 * torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0.7, -1.3, n)
+    scale = torch.logspace(0.7, -1.3, min(m, n))
+    W = 0.02 * torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * (scale if n <= m else scale[:, None])
     return W.bfloat16().double().to("cuda" if on_gpu() else "cpu")
 
 
@@ -260,7 +266,7 @@ def spectral(out, a):
     from gp_spectral.svd import choose_driver
     shapes = ((64, 48), (96, 48)) if a.rehearse else ((1024, 4096), (2048, 2048), (4096, 4096), (11008, 4096), (14336, 4096))
     limit, rows, last = 8.0, [], {}        # seconds that a route may take: it is left out where more is to be expected
-    for route in routes().values(): route(heavy_tailed(64, 48))
+    for route in routes().values(): route(heavy_tailed(64, 48)); route(heavy_tailed(*((64, 48) if a.rehearse else (1024, 1024))))
     for m, n in shapes:
         W = heavy_tailed(m, n); W = W if m >= n else W.T
         work = W.shape[0] * W.shape[1] ** 2
@@ -516,8 +522,11 @@ def large(out, a):
 
 def run_part(name, out, a, seconds):
     "One part in a process of its own, killed with all that it started when its time is up; how it ended."
-    file = out / f"{name}.json"
-    if file.exists() and json.loads(file.read_text()).get("done"): return "done before"
+    file, how = out / f"{name}.json", dict(rehearsal=a.rehearse, set=a.set)
+    if file.exists():
+        known = json.loads(file.read_text())
+        if {k: known.get(k, how[k]) for k in how} != how: raise SystemExit(f"{file} comes of {'a rehearsal' if known['rehearsal'] else 'other settings'}: give another --out, or delete that folder")
+        if known.get("done"): return "done before"
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--part", name, *(["--rehearse"] if a.rehearse else []), *(x for s in a.set for x in ("--set", s))]
     begun = time.time()
     child = subprocess.Popen(command, start_new_session=True)
@@ -528,9 +537,11 @@ def run_part(name, out, a, seconds):
         code = f"stopped after {seconds:.0f} s"
     with contextlib.suppress(ProcessLookupError): os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    if name == "smollm2" and code != 0: gather_smollm2(out)
+    if name == "smollm2" and code != 0:
+        try: gather_smollm2(out)
+        except Exception as e: print(f"the tables of smollm2 could not be gathered: {e}", file=sys.stderr)      # the other parts go on
     found = json.loads(file.read_text()) if file.exists() else dict(part=name, rows=[])
-    found |= dict(ended=code, seconds_in_all=round(time.time() - begun, 1), **about())
+    found |= how | dict(ended=code, seconds_in_all=round(time.time() - begun, 1), **about())
     file.write_text(json.dumps(found, indent=1))
     return code
 

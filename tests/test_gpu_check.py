@@ -52,9 +52,15 @@ def test_numbers_that_differ_are_not_passed_over(tmp_path, script):
     assert done.returncode == 1 and "NOT AS IT SHOULD BE  right: σ" in done.stdout
 
 
+def test_a_rehearsal_is_no_proof(tmp_path, script):
+    script.keep(tmp_path, "right", [dict(what="σ", right=True)], done=True, rehearsal=False, set=[])
+    done = check("--out", tmp_path, "--rehearse", "--only", "right")
+    assert done.returncode == 1 and "give another --out" in done.stderr
+
+
 def test_pieces_are_put_together(tmp_path, script, monkeypatch):
     folder, whole = tmp_path / "pack", bytes(range(256)) * 50
-    folder.mkdir(); (folder / "site").mkdir()                                   # the wheels are there already
+    folder.mkdir()
     monkeypatch.setattr(script, "PIECE", 5000)
     gguf = tmp_path / "model.gguf"; gguf.write_bytes(whole)
     script.cut(gguf, folder)

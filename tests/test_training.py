@@ -168,6 +168,11 @@ def test_an_adapter_is_a_checkpoint_to_train_from(tmp_path):
     read = Checkpoint(tmp_path / "adapter")
     for m in read.matrices(): torch.testing.assert_close(read.matrix(m), merged.get_parameter(m.name).detach(), atol=1e-6, rtol=0)
     assert furthest_from_tiny(merged) > 0.01 and tokenizer.chat_template and not hasattr(merged, "peft_config")
+    weights = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    for spoiled, said in (({k.replace("layers.0", "layers.9"): v for k, v in weights.items()}, "does not fit its base"), ({k: v * math.nan for k, v in weights.items()}, "NaN"),
+                          ({k: v[:, :3].contiguous() for k, v in weights.items()}, "does not fit its base")):
+        save_file(spoiled, tmp_path / "adapter/adapter_model.safetensors")
+        with pytest.raises(ValueError, match=said): load_model(tmp_path / "adapter")
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "base_model_name_or_path"}))
     with pytest.raises(ValueError, match="names no base model"): load_model(tmp_path / "adapter")
 
