@@ -83,7 +83,7 @@ elif what == "study":
     import pandas as pd
     from gp_spectral.study import checkpoints, first, load_preset, main, share, stage
     root, ran = Path(out), []
-    def one(folder): ran.append(stage(folder / "sft", dict(seed=folder.name), [TINY], lambda part: None))
+    def one(folder): ran.append(stage(folder / "sft", dict(seed=folder.name), ["tiny"], lambda part: None))
     share([root / "0", root / "1"], one)
     assert ran == [root / "0/sft", root / "1/sft"]
     first(lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(root / "0/sft/curve.parquet"))
