@@ -13,7 +13,13 @@ __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS', 'SETUP', 'ROOM', 'ON_GPU', 
            'print_comparison', 'main']
 
 # %% ../nbs/04_angles.ipynb #38524d61
-import argparse, json, os, shutil, sys, time, warnings
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
 from copy import copy
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
@@ -22,8 +28,24 @@ from pathlib import Path
 from typing import NamedTuple
 from .folders import atomic, write_json
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, preflight, with_base
-from .svd import (_CHOSEN, SPLIT, _by_numpy, _gram, _long_side, _mm, _plain_log, _sides, as_cache, change_row, choose_driver, factors,
-                             looks_untrained, one_thread, relative_change, short_factors)
+from gp_spectral.svd import (
+    _CHOSEN,
+    SPLIT,
+    _by_numpy,
+    _gram,
+    _long_side,
+    _mm,
+    _plain_log,
+    _sides,
+    as_cache,
+    change_row,
+    choose_driver,
+    factors,
+    looks_untrained,
+    one_thread,
+    relative_change,
+    short_factors,
+)
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -36,55 +58,66 @@ from tqdm.auto import tqdm
 def _basis(X, name, tol=1e-4):
     "`X` as a float64 tensor with columns orthonormal to rounding; `ValueError` when they are not nearly so already."
     X = torch.as_tensor(X).detach().to("cpu", torch.float64)
-    if X.ndim != 2 or not 0 < X.shape[1] <= X.shape[0]: raise ValueError(f"{name} has shape {tuple(X.shape)}: a basis is (n, k) with 0 < k <= n")
+    if X.ndim != 2 or not 0 < X.shape[1] <= X.shape[0]:
+        raise ValueError(f"{name} has shape {tuple(X.shape)}: a basis is (n, k) with 0 < k <= n")
     off = (X.T @ X - torch.eye(X.shape[1], dtype=X.dtype)).abs().max()
     if not off < tol:
-        raise ValueError(f"the columns of {name} are not orthonormal (off by {off:.1e}): take them from `factorize` or `torch.linalg.qr`")
+        raise ValueError(
+            f"the columns of {name} are not orthonormal (off by {off:.1e}): take them from `factorize` or `torch.linalg.qr`"
+        )
     return torch.linalg.qr(X)[0] if off > 1e-14 * X.shape[0] ** 0.5 else X
+
 
 def _angles(A, B):
     "Principal angles of two float64 orthonormal bases, ascending."
-    if A.shape[1] < B.shape[1]: A, B = B, A
+    if A.shape[1] < B.shape[1]:
+        A, B = B, A
     inside = A.T @ B
-    cos = torch.linalg.svdvals(inside).clamp(max=1)                        # descending: angles ascend
-    sin = torch.linalg.svdvals(B - A @ inside).clamp(max=1).flip(0)        # ascending: angles ascend
+    cos = torch.linalg.svdvals(inside).clamp(max=1)  # descending: angles ascend
+    sin = torch.linalg.svdvals(B - A @ inside).clamp(max=1).flip(0)  # ascending: angles ascend
     return torch.where(cos.square() >= 0.5, torch.asin(sin), torch.acos(cos))
 
 # %% ../nbs/04_angles.ipynb #dcb28d9c
 def principal_angles(
-    A,         # (n, k) orthonormal columns, tensor or array; a `ValueError` when they are not
-    B,         # (n, l) orthonormal columns of the same n
-) -> Tensor:   # (min(k, l),) angles in radians, ascending, float64, between 0 and π/2
+    A,  # (n, k) orthonormal columns, tensor or array; a `ValueError` when they are not
+    B,  # (n, l) orthonormal columns of the same n
+) -> Tensor:  # (min(k, l),) angles in radians, ascending, float64, between 0 and π/2
     "The principal angles between the subspaces that `A` and `B` span, accurate for small and for large ones."
     if A is B or (tuple(A.shape) == tuple(B.shape) and A.dtype == B.dtype and bool((A == B).all())):
         return torch.zeros(_basis(A, "A").shape[1], dtype=torch.float64)
     A, B = _basis(A, "A"), _basis(B, "B")
-    if len(A) != len(B): raise ValueError(f"subspaces of different spaces: A has {len(A)} rows, B has {len(B)}")
+    if len(A) != len(B):
+        raise ValueError(f"subspaces of different spaces: A has {len(A)} rows, B has {len(B)}")
     return _angles(A, B)
 
 # %% ../nbs/04_angles.ipynb #2b61a32d
 BANDS = ("head", "bulk", "tail")
 
+
 def band_size(
-    r,             # number of ranks, min(m, n)
-    fraction,      # share of the ranks, above 0 and at most 1
-) -> int:          # rounded, at least 1
+    r,  # number of ranks, min(m, n)
+    fraction,  # share of the ranks, above 0 and at most 1
+) -> int:  # rounded, at least 1
     "The number of ranks in a band."
-    if not 0 < fraction <= 1: raise ValueError(f"fraction {fraction}: a band is a share of the ranks, above 0 and at most 1")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction {fraction}: a band is a share of the ranks, above 0 and at most 1")
     return max(1, int(r * fraction + 0.5))
 
+
 def band_slices(
-    r,               # number of ranks, min(m, n)
-    fraction=0.2,    # share of the ranks in each band; above 1/3 the bands overlap
-) -> dict:           # 'head', 'bulk', 'tail' -> slice of ranks, all of the same length
+    r,  # number of ranks, min(m, n)
+    fraction=0.2,  # share of the ranks in each band; above 1/3 the bands overlap
+) -> dict:  # 'head', 'bulk', 'tail' -> slice of ranks, all of the same length
     "Which ranks (from 0) are head, bulk and tail: the first k, the middle k and the last k, with k = `band_size(r, fraction)`."
-    k = band_size(r, fraction); middle = (r - k) // 2
+    k = band_size(r, fraction)
+    middle = (r - k) // 2
     return dict(head=slice(0, k), bulk=slice(middle, middle + k), tail=slice(r - k, r))
 
+
 def forced_zeros(
-    n,           # dimension of the space
-    k,           # dimension of the one subspace
-    l=None,      # dimension of the other; default: k
+    n,  # dimension of the space
+    k,  # dimension of the one subspace
+    l=None,  # dimension of the other; default: k
 ) -> int:
     "How many principal angles must be zero because two subspaces of these sizes cannot avoid each other: max(0, k + l − n)."
     return max(0, k + (k if l is None else l) - n)
@@ -92,86 +125,124 @@ def forced_zeros(
 # %% ../nbs/04_angles.ipynb #59684926
 @lru_cache(maxsize=256)
 def random_angles(
-    n,            # dimension of the space
-    k,            # dimension of both subspaces
-    seed=0,       # equal seeds give equal draws
-    draws=8,      # pairs of subspaces drawn
+    n,  # dimension of the space
+    k,  # dimension of both subspaces
+    seed=0,  # equal seeds give equal draws
+    draws=8,  # pairs of subspaces drawn
 ) -> np.ndarray:  # (draws, k) radians, each row ascending; read-only, remembered
     "Principal angles between independent random subspaces: the baseline beside every measured angle."
     g, found = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         B = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0]
-        angles = torch.acos(torch.linalg.svdvals(B[:k]).clamp(max=1)); angles[:forced_zeros(n, k)] = 0
+        angles = torch.acos(torch.linalg.svdvals(B[:k]).clamp(max=1))
+        angles[: forced_zeros(n, k)] = 0
         found.append(angles.numpy())
-    found = np.stack(found); found.setflags(write=False)
+    found = np.stack(found)
+    found.setflags(write=False)
     return found
 
 # %% ../nbs/04_angles.ipynb #4b9a2be5
-SIGNIFICANT_BITS = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float8_e4m3fn: 4, torch.float8_e5m2: 3}
+SIGNIFICANT_BITS = {
+    torch.float64: 53,
+    torch.float32: 24,
+    torch.bfloat16: 8,
+    torch.float16: 11,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 3,
+}
+
 
 def rounding_std(
-    s,         # (r,) singular values
-    shape,     # (m, n)
-    dtype,     # a floating-point torch dtype
-) -> float:    # standard deviation of the error of one entry
+    s,  # (r,) singular values
+    shape,  # (m, n)
+    dtype,  # a floating-point torch dtype
+) -> float:  # standard deviation of the error of one entry
     "How large the error of storing a matrix in `dtype` is."
-    return float((s.square().sum() / np.prod(shape) * 3 / (8 * np.log(2)) / 12).sqrt()) * 2.0 ** (1 - SIGNIFICANT_BITS[dtype])
+    return float((s.square().sum() / np.prod(shape) * 3 / (8 * np.log(2)) / 12).sqrt()) * 2.0 ** (
+        1 - SIGNIFICANT_BITS[dtype]
+    )
+
 
 def null_sigma(
-    std,       # standard deviation of the error of one entry
-    shape,     # (m, n)
+    std,  # standard deviation of the error of one entry
+    shape,  # (m, n)
 ) -> float:
     "The largest singular value of the errors alone (Bai and Yin, 1993): a direction whose own is not above it is arbitrary."
-    return std * sum(n ** 0.5 for n in shape)
+    return std * sum(n**0.5 for n in shape)
+
 
 def effective_dtype(
-    W,         # a matrix
-):             # bfloat16 or float16 where all its numbers are such, else its dtype
+    W,  # a matrix
+):  # bfloat16 or float16 where all its numbers are such, else its dtype
     "What the entries of a matrix were really rounded to: weights are often stored wider than they were kept."
-    if W.dtype.itemsize <= 2: return W.dtype
+    if W.dtype.itemsize <= 2:
+        return W.dtype
     fits = lambda X, d: torch.equal(X.to(d).to(X.dtype), X)
     return next((d for d in (torch.bfloat16, torch.float16) if fits(W[:1], d) and fits(W, d)), W.dtype)
 
+
 @lru_cache(maxsize=16)
-def _noise(rows, k): return torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
+def _noise(rows, k):
+    return torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
+
 
 def floor_angles(
-    s,            # (r,) singular values
-    ranks,        # slice of ranks: the band
-    std,          # standard deviation of the perturbation of an entry; of a pair, both roundings together
-    outside=0,    # dimensions that the matrix does not use: rows minus ranks for U, columns minus ranks for V; one number, or one per side
-):                # (k,) radians, ascending; a list of them when `outside` is a list
+    s,  # (r,) singular values
+    ranks,  # slice of ranks: the band
+    std,  # standard deviation of the perturbation of an entry; of a pair, both roundings together
+    outside=0,  # dimensions that the matrix does not use: rows minus ranks for U, columns minus ranks for V; one number, or one per side
+):  # (k,) radians, ascending; a list of them when `outside` is a list
     "The principal angles that independent errors of this size in every entry would cause."
-    band = torch.zeros(len(s), dtype=torch.bool); band[ranks] = True
+    band = torch.zeros(len(s), dtype=torch.bool)
+    band[ranks] = True
     i, j, top = s[band], s[~band, None], float(s[0]) or 1.0
-    gaps = ((i - j) / top).abs().float()                                       # differences in float64, the rest is a random draw
+    gaps = ((i - j) / top).abs().float()  # differences in float64, the rest is a random draw
     a, b = (i / top).float(), (j / top).float()
-    e = (a * a + b * b).sqrt_().div_(a + b).div_(gaps).mul_(std / top).nan_to_num_(1e6, 1e6).clamp_(max=1e6).mul_(_noise(len(j), len(i)))
-    tangents = (e.square().mul_(4).add_(1).sqrt_().add_(1).reciprocal_().mul_(e).mul_(2)).double()   # tan(atan(2e) / 2)
+    e = (
+        (a * a + b * b)
+        .sqrt_()
+        .div_(a + b)
+        .div_(gaps)
+        .mul_(std / top)
+        .nan_to_num_(1e6, 1e6)
+        .clamp_(max=1e6)
+        .mul_(_noise(len(j), len(i)))
+    )
+    tangents = (e.square().mul_(4).add_(1).sqrt_().add_(1).reciprocal_().mul_(e).mul_(2)).double()  # tan(atan(2e) / 2)
     inside, unused = _gram(tangents), (std / i.clamp(min=1e-300)).square().clamp(max=1e12)
-    angles = {d: torch.atan(torch.linalg.eigvalsh(inside + torch.diag(unused * d)).clamp(min=0).sqrt()) for d in set(np.atleast_1d(outside).tolist())}
+    angles = {
+        d: torch.atan(torch.linalg.eigvalsh(inside + torch.diag(unused * d)).clamp(min=0).sqrt())
+        for d in set(np.atleast_1d(outside).tolist())
+    }
     return [angles[d] for d in outside] if np.ndim(outside) else angles[outside]
 
 # %% ../nbs/04_angles.ipynb #6f8746a2
 def degenerate_cuts(
-    s,        # (r,) singular values
-    ranks,    # slice of ranks: the band
-    std,      # standard deviation of the perturbation of an entry, which is also that of a singular value
+    s,  # (r,) singular values
+    ranks,  # slice of ranks: the band
+    std,  # standard deviation of the perturbation of an entry, which is also that of a singular value
 ) -> int:
     "At how many edges of the band the singular values on the two sides are closer than perturbations of this size can tell apart (two deviations of their difference), or than they are computed."
-    return sum(float(s[cut - 1] - s[cut]) <= 2 * 2 ** 0.5 * std + 1e-10 * float(s[0]) for cut in (ranks.start, ranks.stop) if 0 < cut < len(s))
+    return sum(
+        float(s[cut - 1] - s[cut]) <= 2 * 2**0.5 * std + 1e-10 * float(s[0])
+        for cut in (ranks.start, ranks.stop)
+        if 0 < cut < len(s)
+    )
 
 # %% ../nbs/04_angles.ipynb #c60a702f
 def verdict(
-    mean,        # mean angle
-    floor,       # mean angle that storage alone would cause
-    chance,      # mean angle of random subspaces
+    mean,  # mean angle
+    floor,  # mean angle that storage alone would cause
+    chance,  # mean angle of random subspaces
     traded=0.0,  # what pairs that traded places at degenerate edges may have added to the mean
 ) -> str:
     "What a row says: 'unchanged', 'noise', 'rotated', 'chance' or 'undefined'."
-    if not np.isfinite(mean): return "undefined"
-    if mean == 0: return "unchanged"
-    if mean - traded <= 2 * floor: return "noise"
+    if not np.isfinite(mean):
+        return "undefined"
+    if mean == 0:
+        return "unchanged"
+    if mean - traded <= 2 * floor:
+        return "noise"
     return "chance" if mean >= 0.9 * chance else "rotated"
 
 # %% ../nbs/04_angles.ipynb #2a789baf
@@ -180,13 +251,16 @@ def _eigenvalues(X):
     G = _gram(X).cpu()
     return (torch.from_numpy(np.linalg.eigvalsh(G.numpy())) if _by_numpy(G) else torch.linalg.eigvalsh(G)).clamp(0, 1)
 
+
 def _turn(A, B):
     "Principal angles of two (n, k) bases that are orthonormal to float32's rounding or better, ascending, float64."
-    if torch.equal(A, B): return torch.zeros(A.shape[1], dtype=torch.float64)
+    if torch.equal(A, B):
+        return torch.zeros(A.shape[1], dtype=torch.float64)
     A, B = A.double(), B.double()
     C = _mm(A.T, B)
     sin2 = _eigenvalues(B - _mm(A, C))
-    if sin2[-1] < 0.5: return torch.asin(sin2.sqrt())
+    if sin2[-1] < 0.5:
+        return torch.asin(sin2.sqrt())
     return torch.where(sin2 < 0.5, torch.asin(sin2.sqrt()), torch.acos(_eigenvalues(C).sqrt().flip(0)))
 
 # %% ../nbs/04_angles.ipynb #ba3e679f
@@ -197,61 +271,107 @@ def _band_rows(sides, s, t, slices, std):
     outside = [n - r for n, *_ in sides.values()]
     for band, ranks in slices.items():
         floors = floor_angles(s, ranks, std, outside) if std else [torch.zeros(ranks.stop - ranks.start)] * 2
-        if std and (s[ranks] > 10 * t[ranks]).any():              # the other has lost directions here: then its own are the less certain
+        if (
+            std and (s[ranks] > 10 * t[ranks]).any()
+        ):  # the other has lost directions here: then its own are the less certain
             floors = [torch.maximum(x, y) for x, y in zip(floors, floor_angles(t, ranks, std, outside))]
-        sigma, edges = moved[ranks], degenerate_cuts(s, ranks, std)   # ranks that are zero sit at the end, and are left out
+        sigma, edges = (
+            moved[ranks],
+            degenerate_cuts(s, ranks, std),
+        )  # ranks that are zero sit at the end, and are left out
         for (side, (n, A, B)), floor in zip(sides.items(), floors):
             k = ranks.stop - ranks.start
             zeros = forced_zeros(n, k)
-            angles, floor, chance = _turn(A[band], B[band]).numpy()[zeros:], floor.numpy()[zeros:], random_angles(n, k)[:, zeros:]
-            if not angles.size: angles = floor = chance = np.array([np.nan])   # the band is the whole space: nothing to measure
-            row = dict(side=side, band=band, k=k, n=n, mean=float(angles.mean()), median=float(np.median(angles)), max=float(angles.max()),
-                       floor=float(floor.mean()), floor_max=float(floor.max()), random_mean=float(chance.mean()), forced_zeros=zeros,
-                       degenerate=edges > 0, sigma_change=float(sigma.mean()) if len(sigma) else np.nan)
-            nothing = row["mean"] > 0 and min(s[ranks.start], t[ranks.start]) <= null       # no direction of the band is more than rounding
-            said = "undefined" if nothing else verdict(row["mean"], row["floor"], row["random_mean"], edges * np.pi / 2 / max(1, k - zeros))
+            angles, floor, chance = (
+                _turn(A[band], B[band]).numpy()[zeros:],
+                floor.numpy()[zeros:],
+                random_angles(n, k)[:, zeros:],
+            )
+            if not angles.size:
+                angles = floor = chance = np.array([np.nan])  # the band is the whole space: nothing to measure
+            row = dict(
+                side=side,
+                band=band,
+                k=k,
+                n=n,
+                mean=float(angles.mean()),
+                median=float(np.median(angles)),
+                max=float(angles.max()),
+                floor=float(floor.mean()),
+                floor_max=float(floor.max()),
+                random_mean=float(chance.mean()),
+                forced_zeros=zeros,
+                degenerate=edges > 0,
+                sigma_change=float(sigma.mean()) if len(sigma) else np.nan,
+            )
+            nothing = (
+                row["mean"] > 0 and min(s[ranks.start], t[ranks.start]) <= null
+            )  # no direction of the band is more than rounding
+            said = (
+                "undefined"
+                if nothing
+                else verdict(row["mean"], row["floor"], row["random_mean"], edges * np.pi / 2 / max(1, k - zeros))
+            )
             found[side, band] = row | dict(verdict=said)
     return [found[side, band] for side in sides for band in slices]
 
 # %% ../nbs/04_angles.ipynb #f32431b7
 def band_angles(
-    base,                     # `Factors` of one matrix
-    other,                    # `Factors` of the other, same shape
-    fraction=0.2,             # see `band_slices`
+    base,  # `Factors` of one matrix
+    other,  # `Factors` of the other, same shape
+    fraction=0.2,  # see `band_slices`
     dtypes=(torch.float64,),  # what the matrices are stored in, for the floor: one dtype for each, or one for both
-) -> list:                    # dictionaries: side, band, k, n, mean, median, max, floor, floor_max, random_mean, forced_zeros, degenerate, sigma_change, verdict
+) -> list:  # dictionaries: side, band, k, n, mean, median, max, floor, floor_max, random_mean, forced_zeros, degenerate, sigma_change, verdict
     "Angles of head, bulk and tail between two matrices that are already decomposed, for U and V."
     slices, shape = band_slices(len(base.s), fraction), (len(base.U), base.Vh.shape[1])
     std = sum(rounding_std(s, shape, d) ** 2 for s, d in zip((base.s, other.s), (*dtypes, dtypes[-1]))) ** 0.5
     cut = lambda X: {b: X[:, ranks] for b, ranks in slices.items()}
-    return _band_rows({"U": (shape[0], cut(base.U), cut(other.U)), "V": (shape[1], cut(base.Vh.T), cut(other.Vh.T))}, base.s, other.s, slices, std)
+    return _band_rows(
+        {"U": (shape[0], cut(base.U), cut(other.U)), "V": (shape[1], cut(base.Vh.T), cut(other.Vh.T))},
+        base.s,
+        other.s,
+        slices,
+        std,
+    )
 
 # %% ../nbs/04_angles.ipynb #9f08036d
-INTRUDERS = (10, 0.5)    # so many leading vectors are looked at; below this cosine to all old ones, a vector is an intruder
+INTRUDERS = (
+    10,
+    0.5,
+)  # so many leading vectors are looked at; below this cosine to all old ones, a vector is an intruder
+
 
 def _norm(X):
     "Frobenius norm: rows (or columns, as they lie) in the precision of X, their sum in float64."
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=1 if X.stride(1) == 1 else 0), dtype=torch.float64))
+    return float(
+        torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=1 if X.stride(1) == 1 else 0), dtype=torch.float64)
+    )
+
 
 def _shares(core, total, fraction):
     "Shares of `total` in the blocks of `core`, the change in the base's singular vectors."
     core, r = core.square(), len(core)
     k = min(band_size(r, fraction), r // 2)
-    spans, share = dict(head=slice(0, k), bulk=slice(k, r - k), tail=slice(r - k, r)), lambda x: float(x.sum(dtype=torch.float64)) / total if total else np.nan
+    spans, share = (
+        dict(head=slice(0, k), bulk=slice(k, r - k), tail=slice(r - k, r)),
+        lambda x: float(x.sum(dtype=torch.float64)) / total if total else np.nan,
+    )
     found = {f"dw_{a}_{b}": share(core[p, q]) for a, p in spans.items() for b, q in spans.items()}
     return found | dict(dw_outside=max(0.0, 1 - share(core)) if total else np.nan, dw_diagonal=share(core.diagonal()))
 
+
 def delta_energy(
-    delta,        # (m, n) the change of a matrix
-    base,         # `Factors` of what it is a change of
-    fraction=0.2, # size of head and tail, a share of the ranks
-) -> dict:        # dw_head_head, dw_head_bulk, ... (band of U, band of V), dw_outside, dw_diagonal: shares of ‖delta‖², NaN when that is 0
+    delta,  # (m, n) the change of a matrix
+    base,  # `Factors` of what it is a change of
+    fraction=0.2,  # size of head and tail, a share of the ranks
+) -> dict:  # dw_head_head, dw_head_bulk, ... (band of U, band of V), dw_outside, dw_diagonal: shares of ‖delta‖², NaN when that is 0
     "Where the energy of a change lies, in the base's singular vectors."
     return _shares(_mm(_mm(base.U.T, delta), base.Vh.T), _norm(delta) ** 2, fraction)
 
+
 def intruder_dimensions(
-    old,          # (n, r) orthonormal columns
-    new,          # (n, k) orthonormal columns
+    old,  # (n, r) orthonormal columns
+    new,  # (n, k) orthonormal columns
     below=INTRUDERS[1],  # a vector is an intruder when its largest |cosine| is below this
 ) -> int:
     "How many of the new vectors resemble none of the old ones (Shuttleworth et al., 2024, definition 1)."
@@ -260,141 +380,215 @@ def intruder_dimensions(
 # %% ../nbs/04_angles.ipynb #bba977a0
 class Comparison(NamedTuple):
     "What `compare_all` found."
-    angles: pd.DataFrame     # base, other, matrix, layer, kind, and the columns of `band_angles`; angles in radians
-    changes: pd.DataFrame    # base, other, matrix, layer, kind, `change_row`, unchanged (share of equal elements), untrained, `delta_energy`, intruders_U, intruders_V
+
+    angles: pd.DataFrame  # base, other, matrix, layer, kind, and the columns of `band_angles`; angles in radians
+    changes: pd.DataFrame  # base, other, matrix, layer, kind, `change_row`, unchanged (share of equal elements), untrained, `delta_energy`, intruders_U, intruders_V
+
 
 def _floor_dtype(c, m, W):
     "What the entries of a matrix were rounded to: the stored dtype, or a narrower one that holds them all; float32 where an adapter was laid over it."
     stored = c.dtype(m.tensor or m.name)
     return stored if stored.itemsize == 1 else effective_dtype(W)
 
+
 class _Known(NamedTuple):
     "A matrix of one checkpoint and what is known of it; as if it were tall."
-    X: Tensor      # (long, short), as the products are made: float32 for 16-bit weights, else float64
-    V: Tensor      # (short, short) the short side's vectors
-    s: Tensor      # (short,) float64
-    std: float     # of the rounding error of an entry
-    short: dict    # band -> (short, k) the vectors of one side
-    long: dict     # band -> (long, k) and of the other
+
+    X: Tensor  # (long, short), as the products are made: float32 for 16-bit weights, else float64
+    V: Tensor  # (short, short) the short side's vectors
+    s: Tensor  # (short,) float64
+    std: float  # of the rounding error of an entry
+    short: dict  # band -> (short, k) the vectors of one side
+    long: dict  # band -> (long, k) and of the other
+
 
 def _known(c, m, W, work, slices, cache, device):
     "Decomposes or looks up one matrix, and makes the long side's vectors of the bands."
     V, s = short_factors(c, m, cache, device, W)
     X, V = (W if W.shape[0] >= W.shape[1] else W.T).to(device, work), V.to(device, work)
     taken = torch.zeros(len(s), dtype=torch.bool)
-    for ranks in slices.values(): taken[ranks] = True
-    at, U = (taken.cumsum(0) - 1).tolist(), _long_side(X, V.T[taken].T, s[taken].to(device))                   # V lies vector by vector
-    long = {b: U[:, at[x.start]:at[x.stop - 1] + 1] for b, x in slices.items()}
-    return _Known(X, V, s, rounding_std(s, W.shape, _floor_dtype(c, m, W)), {b: V[:, x] for b, x in slices.items()}, long)
-
+    for ranks in slices.values():
+        taken[ranks] = True
+    at, U = (taken.cumsum(0) - 1).tolist(), _long_side(X, V.T[taken].T, s[taken].to(device))  # V lies vector by vector
+    long = {b: U[:, at[x.start] : at[x.stop - 1] + 1] for b, x in slices.items()}
+    return _Known(
+        X, V, s, rounding_std(s, W.shape, _floor_dtype(c, m, W)), {b: V[:, x] for b, x in slices.items()}, long
+    )
 
 # %% ../nbs/04_angles.ipynb #4b9cdc2d
 def _to_base(a, direct):
     "A function that takes X to U' X for the long side's singular vectors U; `direct`: without making them."
-    if direct: return lambda X: _mm(a.V.T, _mm(a.X.T, X)) / a.s[:, None].to(X)
+    if direct:
+        return lambda X: _mm(a.V.T, _mm(a.X.T, X)) / a.s[:, None].to(X)
     U = _long_side(a.X, a.V, a.s.to(a.X.device))
     return lambda X: _mm(U.T, X)
 
+
 def _details(a, b, delta, size, fraction, tall):
     "Energy and intruders of one matrix of two checkpoints."
-    k, direct = min(INTRUDERS[0], len(a.s)), float(a.s[-1]) >= (1e-2 if a.X.dtype == torch.float32 else SPLIT) * float(a.s[0]) > 0
+    k, direct = (
+        min(INTRUDERS[0], len(a.s)),
+        float(a.s[-1]) >= (1e-2 if a.X.dtype == torch.float32 else SPLIT) * float(a.s[0]) > 0,
+    )
     new = _long_side(b.X, b.V[:, :k], b.s[:k].to(b.X.device))
     in_base = _to_base(a, direct)
-    energy = _shares(_mm(in_base(delta), a.V), size ** 2, fraction)
-    if not tall: energy = {("_".join([n.split("_")[0], *n.split("_")[:0:-1]]) if n.count("_") == 2 else n): x for n, x in energy.items()}
+    energy = _shares(_mm(in_base(delta), a.V), size**2, fraction)
+    if not tall:
+        energy = {
+            ("_".join([n.split("_")[0], *n.split("_")[:0:-1]]) if n.count("_") == 2 else n): x
+            for n, x in energy.items()
+        }
     strange = [int((x.abs().max(0).values < INTRUDERS[1]).sum()) for x in (in_base(new), _mm(a.V.T, b.V[:, :k]))]
     return energy | dict(zip(("intruders_U", "intruders_V") if tall else ("intruders_V", "intruders_U"), strange))
+
 
 def _change(a, b, shape, fraction, details):
     "The row of `changes` for one matrix of two checkpoints, without its head."
     delta = b.X - a.X
     size = _norm(delta)
-    row = change_row(a.s, b.s, shape, size, null_sigma(a.std, shape)) | dict(unchanged=1 - int(torch.count_nonzero(delta)) / delta.numel())
-    if not details: return row
-    return row | dict(untrained=looks_untrained(b.s, shape) or looks_untrained(a.s, shape)) | _details(a, b, delta, size, fraction, shape[0] >= shape[1])
-
+    row = change_row(a.s, b.s, shape, size, null_sigma(a.std, shape)) | dict(
+        unchanged=1 - int(torch.count_nonzero(delta)) / delta.numel()
+    )
+    if not details:
+        return row
+    return (
+        row
+        | dict(untrained=looks_untrained(b.s, shape) or looks_untrained(a.s, shape))
+        | _details(a, b, delta, size, fraction, shape[0] >= shape[1])
+    )
 
 # %% ../nbs/04_angles.ipynb #1612d11b
 def _both_sides(a, b, tall, slices):
     "The rows of `angles` for one matrix of two checkpoints."
     short, long = (len(a.s), a.short, b.short), (len(a.X), a.long, b.long)
     sides = {"U": long, "V": short} if tall else {"U": short, "V": long}
-    return _band_rows(sides, a.s, b.s, slices, (a.std ** 2 + b.std ** 2) ** 0.5)
+    return _band_rows(sides, a.s, b.s, slices, (a.std**2 + b.std**2) ** 0.5)
+
 
 def _measure(cs, pairs, m, fraction, details, cache, device):
     "(rows for `angles`, rows for `changes`) of one matrix."
     Ws = {i: cs[i].matrix(m) for i in sorted({i for p in pairs for i in p})}
     shape = next(iter(Ws.values())).shape
-    work, slices, tall = torch.float32 if all(W.dtype.itemsize <= 2 for W in Ws.values()) else torch.float64, band_slices(min(shape), fraction), shape[0] >= shape[1]
+    work, slices, tall = (
+        torch.float32 if all(W.dtype.itemsize <= 2 for W in Ws.values()) else torch.float64,
+        band_slices(min(shape), fraction),
+        shape[0] >= shape[1],
+    )
     known = {i: _known(cs[i], m, W, work, slices, cache, device) for i, W in Ws.items()}
     angles, changes = [], []
     for i, j in pairs:
-        head, same = dict(base=cs[i].label, other=cs[j].label, matrix=m.name, layer=m.layer, kind=m.kind), i == j or torch.equal(Ws[i], Ws[j])
-        angles += [head | row for row in _both_sides(known[i], known[i if same else j]._replace(s=known[j].s, std=known[j].std), tall, slices)]
+        head, same = (
+            dict(base=cs[i].label, other=cs[j].label, matrix=m.name, layer=m.layer, kind=m.kind),
+            i == j or torch.equal(Ws[i], Ws[j]),
+        )
+        angles += [
+            head | row
+            for row in _both_sides(
+                known[i], known[i if same else j]._replace(s=known[j].s, std=known[j].std), tall, slices
+            )
+        ]
         changes.append(head | _change(known[i], known[j], tuple(shape), fraction, details))
     return angles, changes
 
-
 # %% ../nbs/04_angles.ipynb #2c81cfad
-def _cost(shape): return max(shape) * min(shape) ** 2
+def _cost(shape):
+    return max(shape) * min(shape) ** 2
 
-def _size(c): "Bytes of a checkpoint's tensors."; return sum(e.end - e.start for e in c.entries.values())
+
+def _size(c):
+    "Bytes of a checkpoint's tensors."
+    return sum(e.end - e.start for e in c.entries.values())
+
 
 def share_out(
-    costs,      # cost of each piece of work
-    ranks,      # number of processes
-) -> list:      # for each process, the indices of its pieces, dearest first
+    costs,  # cost of each piece of work
+    ranks,  # number of processes
+) -> list:  # for each process, the indices of its pieces, dearest first
     "Deals work out, the dearest first, always to the process that has the least (Graham's longest-processing-time rule)."
     loads, hands = [0.0] * ranks, [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         r = min(range(ranks), key=lambda r: (loads[r], r))
-        loads[r] += costs[i]; hands[r].append(i)
+        loads[r] += costs[i]
+        hands[r].append(i)
     return hands
 
 # %% ../nbs/04_angles.ipynb #01ce7eb3
-def _write_json(path, value): write_json(value, path, indent=None, sync=True, shared=True)
+def _write_json(path, value):
+    write_json(value, path, indent=None, sync=True, shared=True)
+
 
 def _stamp(c):
     "What a checkpoint's matrices come from: tensors and files, for an adapter its own files, too, and what it does with them."
-    def about(e): s = e.file.stat(); return [e.file.name, e.start, list(e.shape), str(e.dtype), s.st_size, s.st_mtime_ns]
-    return [[n, *about(e)] for n, e in c.entries.items()] + [[n, *about(o.A), *about(o.B), o.scale, o.transposed] for n, o in c.overlay.items()]
+
+    def about(e):
+        s = e.file.stat()
+        return [e.file.name, e.start, list(e.shape), str(e.dtype), s.st_size, s.st_mtime_ns]
+
+    return [[n, *about(e)] for n, e in c.entries.items()] + [
+        [n, *about(o.A), *about(o.B), o.scale, o.transposed] for n, o in c.overlay.items()
+    ]
+
 
 def _plan_of(note):
     "What a comparison was asked, as its folder remembers it."
-    try: return json.loads(note.read_text())
-    except ValueError as e: raise CheckpointError(f"{note} cannot be read ({e}): delete {note.parent}, the comparison has to begin anew") from e
+    try:
+        return json.loads(note.read_text())
+    except ValueError as e:
+        raise CheckpointError(
+            f"{note} cannot be read ({e}): delete {note.parent}, the comparison has to begin anew"
+        ) from e
 
 # %% ../nbs/04_angles.ipynb #5a49a815
 def _open_out(out, plan):
     "Makes or checks the folder of a comparison: (folder, its plan); `CheckpointError` when it belongs to another one."
-    out = Path(out); note = out / "plan.json"
+    out = Path(out)
+    note = out / "plan.json"
     if note.is_file() and note.stat().st_size:
         old = _plan_of(note)
         changed = [k for k in plan if k != "drivers" and old.get(k) != plan[k]]
-        if changed: raise CheckpointError(f"{out} holds another comparison (other {', '.join(changed)}): give a new folder, or delete that one")
+        if changed:
+            raise CheckpointError(
+                f"{out} holds another comparison (other {', '.join(changed)}): give a new folder, or delete that one"
+            )
         plan = old
     elif out.is_dir() and any(f != note and f.suffix != ".part" and f.name != "parts" for f in out.iterdir()):
         raise CheckpointError(f"{out} exists and is no comparison: give a new folder")
-    else: shutil.rmtree(out / "parts", ignore_errors=True); out.mkdir(parents=True, exist_ok=True); _write_json(note, plan)
-    for old in out.glob("plan.json.*.part"): old.unlink(missing_ok=True)      # of a process that was killed while it wrote
+    else:
+        shutil.rmtree(out / "parts", ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(note, plan)
+    for old in out.glob("plan.json.*.part"):
+        old.unlink(missing_ok=True)  # of a process that was killed while it wrote
     (out / "parts").mkdir(exist_ok=True)
     return out, plan
 
 # %% ../nbs/04_angles.ipynb #32e638f4
-def _own_name(c): return c.path.resolve().name if c.label == c.path.resolve().name else None
+def _own_name(c):
+    return c.path.resolve().name if c.label == c.path.resolve().name else None
 
-def _renamed(c, label): c = copy(c); c.label = label; return c
+
+def _renamed(c, label):
+    c = copy(c)
+    c.label = label
+    return c
+
 
 def tell_apart(cs):
     "The checkpoints under labels that differ: folders of one name get as many of the folders above in front as it takes."
     who = [(c.path.resolve(), c.base.path.resolve() if c.base else None) for c in cs]
     groups = {}
-    for c, w in zip(cs, who): groups.setdefault(c.label, {}).setdefault(w, []).append(c)
+    for c, w in zip(cs, who):
+        groups.setdefault(c.label, {}).setdefault(w, []).append(c)
     new = {}
     for label, folders in groups.items():
-        if len(folders) < 2: continue
-        if len({p for p, _ in folders}) < len(folders) or not all(map(_own_name, (x for some in folders.values() for x in some))):
-            raise ValueError(f"{len(folders)} checkpoints are labelled {label!r}: give each a label of its own, Checkpoint(folder, label)")
+        if len(folders) < 2:
+            continue
+        if len({p for p, _ in folders}) < len(folders) or not all(
+            map(_own_name, (x for some in folders.values() for x in some))
+        ):
+            raise ValueError(
+                f"{len(folders)} checkpoints are labelled {label!r}: give each a label of its own, Checkpoint(folder, label)"
+            )
         deepest = max(len(p.parts) for p, _ in folders)
         depth = next(d for d in range(2, deepest + 1) if len({p.parts[-d:] for p, _ in folders}) == len(folders))
         new |= {w: "/".join(w[0].parts[-depth:]).replace("//", "/") for w in folders}
@@ -403,107 +597,157 @@ def tell_apart(cs):
 # %% ../nbs/04_angles.ipynb #7eb9e496
 def _world():
     "(rank, processes, state): under `accelerate launch` or `torchrun`, of accelerate's `PartialState`; else 0, 1, None."
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2: return 0, 1, None
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return 0, 1, None
     from accelerate import PartialState
+
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     return state.process_index, state.num_processes, state
+
 
 def _workers(shapes, count, wide=True, size=0, checkpoints=2):
     "How many matrices to work on at once: one per core of this process's share, as long as the memory of `_room` holds them."
     import psutil
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    each = max(8 * ((6 if wide else 3) * max(x) * min(x) + 4 * min(x) ** 2) for x in shapes) * checkpoints / 2     # a matrix of each is held at once
+    each = (
+        max(8 * ((6 if wide else 3) * max(x) * min(x) + 4 * min(x) ** 2) for x in shapes) * checkpoints / 2
+    )  # a matrix of each is held at once
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = psutil.virtual_memory().available / 4 / local
     return int(max(1, min(cores // local, count, free // each, (_room(size) / local - SETUP) // each)))
 
-SETUP, ROOM = 120 << 20, 256 << 20     # bytes: what the libraries take before the first matrix; what a comparison may take in any case
 
-def _room(size): return max(ROOM, size / 3)
+SETUP, ROOM = (
+    120 << 20,
+    256 << 20,
+)  # bytes: what the libraries take before the first matrix; what a comparison may take in any case
 
+
+def _room(size):
+    return max(ROOM, size / 3)
 
 # %% ../nbs/04_angles.ipynb #550424d5
 def _drivers(found, device):
     "The driver of each shape on a GPU, measured; nothing to choose on a CPU."
     return {} if device == "cpu" else {_sides(m.shape): choose_driver(tuple(m.shape), device) for m in found}
 
+
 def _begin(cs, pairs, found, fraction, details, device, out, state):
     "Makes, or checks, the folder; (folder, whether it was made here). The first process writes the plan, and the others take its drivers from there."
-    if out is None: return None, False
-    plan = dict(version=2, checkpoints=[str(c.path.resolve()) for c in cs], labels=[c.label for c in cs], files=[_stamp(c) for c in cs],
-                pairs=[list(p) for p in pairs], fraction=fraction, matrices=[m.name for m in found], details=details)
+    if out is None:
+        return None, False
+    plan = dict(
+        version=2,
+        checkpoints=[str(c.path.resolve()) for c in cs],
+        labels=[c.label for c in cs],
+        files=[_stamp(c) for c in cs],
+        pairs=[list(p) for p in pairs],
+        fraction=fraction,
+        matrices=[m.name for m in found],
+        details=details,
+    )
     out, made = Path(out), not Path(out).exists()
     if not state or state.process_index == 0:
-        known = _plan_of(out / "plan.json") if (out / "plan.json").is_file() and (out / "plan.json").stat().st_size else {}
+        known = (
+            _plan_of(out / "plan.json") if (out / "plan.json").is_file() and (out / "plan.json").stat().st_size else {}
+        )
         _CHOSEN.update(known.get("drivers", {}))
         _open_out(out, json.loads(json.dumps(plan)) | dict(drivers=_drivers(found, device)))
-    if state: state.wait_for_everyone()
+    if state:
+        state.wait_for_everyone()
     _CHOSEN.update(_plan_of(out / "plan.json").get("drivers", {}))
     return out, made
 
+
 def _gather(out, results, count):
     "The tables, from the finished matrices in the folder or from the results themselves."
-    if out is not None: results = [json.loads((out / "parts" / f"{i:06d}.json").read_text()) for i in range(count)]
+    if out is not None:
+        results = [json.loads((out / "parts" / f"{i:06d}.json").read_text()) for i in range(count)]
     return Comparison(*(pd.DataFrame([row for result in results for row in result[k]]) for k in (0, 1)))
 
 # %% ../nbs/04_angles.ipynb #dfe07e96
-ON_GPU = 8     # matrices at once on a GPU: while some are decomposed there, angles and floors of others are made on the CPU
+ON_GPU = (
+    8  # matrices at once on a GPU: while some are decomposed there, angles and floors of others are made on the CPU
+)
+
 
 def _workers_on(device, shapes, wide, checkpoints):
     "How many matrices to work on at once where a GPU decomposes: as long as the memory of both sides holds them."
     free, _ = torch.cuda.mem_get_info(device)
-    each = max(8 * 8 * max(x) * min(x) for x in shapes)                     # on the card: the matrix in float64, its products, LAPACK's workspace
+    each = max(
+        8 * 8 * max(x) * min(x) for x in shapes
+    )  # on the card: the matrix in float64, its products, LAPACK's workspace
     return int(max(1, min(ON_GPU, free // 2 // each, _workers(shapes, len(shapes), wide, np.inf, checkpoints))))
+
 
 def _set_up(device, matrices):
     "On a GPU: the first call of each decomposition, which is not safe in several threads, and the choice of drivers."
-    for f in (torch.linalg.eigh, torch.linalg.svd, torch.linalg.qr): f(torch.eye(2, dtype=torch.float64, device=device))
+    for f in (torch.linalg.eigh, torch.linalg.svd, torch.linalg.qr):
+        f(torch.eye(2, dtype=torch.float64, device=device))
     _drivers(matrices, device)
+
 
 def _there(device):
     "A `ValueError` where there is no such device."
-    try: torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}") from e
+
 
 def compare_all(
-    checkpoints,     # `Checkpoint`s, paths or hub names
-    pairs=None,      # (i, j) positions in `checkpoints`; default: the first with each of the others
-    fraction=0.2,    # see `band_slices`
-    kinds=None,      # see `Checkpoint.matrices`
-    layers=None,     # see `layer_range`
-    progress=True,   # a progress bar over matrices
-    heads=False,     # also attention head by attention head
-    details=True,    # energy of ΔW and intruder dimensions too
-    cache=True,      # where factors are kept; see `as_cache`
-    out=None,        # folder for the tables, in which finished matrices survive; needed under `accelerate launch`
-    device=None,     # 'cpu' or 'cuda'; default: a GPU if there is one
-    workers=None,    # matrices at once; default: one per core, as memory allows
-) -> Comparison:     # (angles, changes)
+    checkpoints,  # `Checkpoint`s, paths or hub names
+    pairs=None,  # (i, j) positions in `checkpoints`; default: the first with each of the others
+    fraction=0.2,  # see `band_slices`
+    kinds=None,  # see `Checkpoint.matrices`
+    layers=None,  # see `layer_range`
+    progress=True,  # a progress bar over matrices
+    heads=False,  # also attention head by attention head
+    details=True,  # energy of ΔW and intruder dimensions too
+    cache=True,  # where factors are kept; see `as_cache`
+    out=None,  # folder for the tables, in which finished matrices survive; needed under `accelerate launch`
+    device=None,  # 'cpu' or 'cuda'; default: a GPU if there is one
+    workers=None,  # matrices at once; default: one per core, as memory allows
+) -> Comparison:  # (angles, changes)
     "Compares checkpoints, each matrix of each decomposed once; warns of matrices that look untrained and pairs that look unrelated."
     cs = tell_apart([as_checkpoint(c) for c in checkpoints])
     pairs = [(0, j) for j in range(1, len(cs))] if pairs is None else [tuple(p) for p in pairs]
-    if not pairs: raise ValueError("nothing to compare: give at least two checkpoints")
-    for i, j in pairs: preflight(cs[i], cs[j], kinds)
+    if not pairs:
+        raise ValueError("nothing to compare: give at least two checkpoints")
+    for i, j in pairs:
+        preflight(cs[i], cs[j], kinds)
     found = cs[pairs[0][0]].matrices(kinds, layers, heads=heads)
-    band_slices(2, fraction)                                        # a bad fraction is told before the work
-    if workers is not None and workers < 1: raise ValueError(f"workers is {workers}: expected at least 1")
+    band_slices(2, fraction)  # a bad fraction is told before the work
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}: expected at least 1")
     rank, ranks, state = _world()
-    if ranks > 1 and out is None: raise ValueError("several processes share their work through a folder: give `out`")
-    if device is None: device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if ranks > 1 and out is None:
+        raise ValueError("several processes share their work through a folder: give `out`")
+    if device is None:
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     _there(device)
     out, made = _begin(cs, pairs, found, fraction, details, device, out, state)
-    if out is not None and (out / "angles.parquet").is_file() and (out / "changes.parquet").is_file(): return read_comparison(out)
+    if out is not None and (out / "angles.parquet").is_file() and (out / "changes.parquet").is_file():
+        return read_comparison(out)
     hand = share_out([_cost(m.shape) for m in found], ranks)[rank]
-    try: results = _run(cs, pairs, found, hand, fraction, details, as_cache(cache), device, out, progress and rank == 0, workers)
+    try:
+        results = _run(
+            cs, pairs, found, hand, fraction, details, as_cache(cache), device, out, progress and rank == 0, workers
+        )
     except CheckpointError:
-        if made and ranks == 1: shutil.rmtree(out, ignore_errors=True)        # a matrix that cannot be compared today cannot be tomorrow
+        if made and ranks == 1:
+            shutil.rmtree(out, ignore_errors=True)  # a matrix that cannot be compared today cannot be tomorrow
         raise
-    if state: state.wait_for_everyone()
+    if state:
+        state.wait_for_everyone()
     if rank == 0:
         table = _gather(out, results, len(found))
-        if out is not None: _finish(out, table)
+        if out is not None:
+            _finish(out, table)
         _warn(table)
-    if state: state.wait_for_everyone()
+    if state:
+        state.wait_for_everyone()
     return table if rank == 0 else read_comparison(out)
 
 # %% ../nbs/04_angles.ipynb #68081185
@@ -514,15 +758,30 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
     costs, begun = {i: _cost(found[i].shape) for i in hand}, time.time()
     wide = any(c.dtype(found[i].tensor or found[i].name).itemsize > 1 for c in cs for i in todo)
     shapes = [found[i].shape for i in todo]
-    if todo and not workers: workers = _workers(shapes, len(todo), wide, min(map(_size, cs)), len(cs)) if device == "cpu" else _workers_on(device, shapes, wide, len(cs))
-    if todo and device != "cpu": _set_up(device, [found[i] for i in todo])
+    if todo and not workers:
+        workers = (
+            _workers(shapes, len(todo), wide, min(map(_size, cs)), len(cs))
+            if device == "cpu"
+            else _workers_on(device, shapes, wide, len(cs))
+        )
+    if todo and device != "cpu":
+        _set_up(device, [found[i] for i in todo])
     total = sum(costs.values())
-    bar = tqdm(total=total, initial=total - sum(costs[i] for i in todo), desc=f"0/{len(hand)} matrices", disable=not progress, leave=False,
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    bar = tqdm(
+        total=total,
+        initial=total - sum(costs[i] for i in todo),
+        desc=f"0/{len(hand)} matrices",
+        disable=not progress,
+        leave=False,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+    )
+
     def work(i):
         result = _measure(cs, pairs, found[i], fraction, details, cache, device)
-        if out is not None: _write_json(part(i), result)
+        if out is not None:
+            _write_json(part(i), result)
         return result
+
     with one_thread(), bar, ThreadPoolExecutor(workers or 1) as pool:
         waiting = {pool.submit(work, i): i for i in todo}
         try:
@@ -530,105 +789,176 @@ def _run(cs, pairs, found, hand, fraction, details, cache, device, out, progress
                 i = waiting[future]
                 results[i] = future.result()
                 bar.set_description_str(f"{done}/{len(hand)} matrices", refresh=False)
-                bar.set_postfix_str(f"{(done - len(hand) + len(todo)) / (time.time() - begun):.2g} matrices/s", refresh=False)
+                bar.set_postfix_str(
+                    f"{(done - len(hand) + len(todo)) / (time.time() - begun):.2g} matrices/s", refresh=False
+                )
                 bar.update(costs[i])
-        except BaseException: pool.shutdown(cancel_futures=True); raise
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return results
 
 # %% ../nbs/04_angles.ipynb #faa54ab9
 def _finish(out, table):
     "Writes the tables, then removes the parts that they were made of."
     for name, x in table._asdict().items():
-        with atomic(out / f"{name}.parquet") as part: x.to_parquet(part)
+        with atomic(out / f"{name}.parquet") as part:
+            x.to_parquet(part)
     shutil.rmtree(out / "parts", ignore_errors=True)
 
+
 def read_comparison(
-    folder,            # what `compare_all(..., out=folder)` wrote
+    folder,  # what `compare_all(..., out=folder)` wrote
 ) -> Comparison:
     "The tables of a finished comparison."
-    try: return Comparison(*(pd.read_parquet(Path(folder) / f"{n}.parquet") for n in Comparison._fields))
-    except FileNotFoundError as e: raise CheckpointError(f"{folder} holds no finished comparison: run it again with the same arguments, it goes on") from e
+    try:
+        return Comparison(*(pd.read_parquet(Path(folder) / f"{n}.parquet") for n in Comparison._fields))
+    except FileNotFoundError as e:
+        raise CheckpointError(
+            f"{folder} holds no finished comparison: run it again with the same arguments, it goes on"
+        ) from e
 
 # %% ../nbs/04_angles.ipynb #eca6c256
 def _warn(table):
     few = lambda names: ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
     if "untrained" in table.changes and table.changes.untrained.any():
         names = table.changes[table.changes.untrained].matrix.drop_duplicates().tolist()
-        warnings.warn(f"{len(names)} matrices have the spectrum of untrained random weights, their angles mean nothing: {few(names)}", stacklevel=3)
-    heads = table.angles[table.angles.band == "head"].groupby(["base", "other"], sort=False).verdict.agg(lambda v: (v == "chance").mean())
+        warnings.warn(
+            f"{len(names)} matrices have the spectrum of untrained random weights, their angles mean nothing: {few(names)}",
+            stacklevel=3,
+        )
+    heads = (
+        table.angles[table.angles.band == "head"]
+        .groupby(["base", "other"], sort=False)
+        .verdict.agg(lambda v: (v == "chance").mean())
+    )
     for (base, other), share in heads[heads > 0.5].items():
-        warnings.warn(f"{base} and {other} look unrelated: {share:.0%} of their head subspaces are as far apart as random ones. Are they from one base?", stacklevel=3)
+        warnings.warn(
+            f"{base} and {other} look unrelated: {share:.0%} of their head subspaces are as far apart as random ones. Are they from one base?",
+            stacklevel=3,
+        )
+
 
 def compare(
-    base,            # `Checkpoint`, path or hub name
-    other,           # `Checkpoint`, path or hub name
-    fraction=0.2,    # see `band_slices`
-    kinds=None,      # see `Checkpoint.matrices`
-    layers=None,     # see `layer_range`
-    progress=True,   # a progress bar over matrices
-    **options,       # see `compare_all`
-) -> pd.DataFrame:   # the table `angles`, see `Comparison`
+    base,  # `Checkpoint`, path or hub name
+    other,  # `Checkpoint`, path or hub name
+    fraction=0.2,  # see `band_slices`
+    kinds=None,  # see `Checkpoint.matrices`
+    layers=None,  # see `layer_range`
+    progress=True,  # a progress bar over matrices
+    **options,  # see `compare_all`
+) -> pd.DataFrame:  # the table `angles`, see `Comparison`
     "Principal angles between two checkpoints: every matrix, U and V, head, bulk and tail."
     return compare_all([base, other], None, fraction, kinds, layers, progress, **options).angles
 
 # %% ../nbs/04_angles.ipynb #8a3fef66
 def summary(
-    angles,        # the table of a comparison
-    by="kind",     # 'kind', 'layer', 'matrix', 'side' or a list of them
-) -> pd.DataFrame: # base, other, by, band; then matrices, angle, floor, random (means, degrees) and rotated (share of rows above noise)
+    angles,  # the table of a comparison
+    by="kind",  # 'kind', 'layer', 'matrix', 'side' or a list of them
+) -> pd.DataFrame:  # base, other, by, band; then matrices, angle, floor, random (means, degrees) and rotated (share of rows above noise)
     "What bands did, in degrees, with the share of rows that turned beyond noise."
     by = ["base", "other", *([by] if isinstance(by, str) else by), "band"]
-    t = angles.assign(**{new: np.degrees(angles[old]) for new, old in (("angle", "mean"), ("floor", "floor"), ("random", "random_mean"))},
-                      rotated=angles.verdict.isin(["rotated", "chance"]), band=pd.Categorical(angles.band, BANDS, ordered=True))
-    return t.groupby(by, sort=False, observed=True, dropna=False).agg(matrices=("matrix", "nunique"), angle=("angle", "mean"), floor=("floor", "mean"),
-        random=("random", "mean"), rotated=("rotated", "mean")).reset_index().sort_values(by[:2] + ["band"] if len(by) == 3 else by[:2] + by[2:], kind="stable", ignore_index=True)
+    t = angles.assign(
+        **{
+            new: np.degrees(angles[old])
+            for new, old in (("angle", "mean"), ("floor", "floor"), ("random", "random_mean"))
+        },
+        rotated=angles.verdict.isin(["rotated", "chance"]),
+        band=pd.Categorical(angles.band, BANDS, ordered=True),
+    )
+    return (
+        t.groupby(by, sort=False, observed=True, dropna=False)
+        .agg(
+            matrices=("matrix", "nunique"),
+            angle=("angle", "mean"),
+            floor=("floor", "mean"),
+            random=("random", "mean"),
+            rotated=("rotated", "mean"),
+        )
+        .reset_index()
+        .sort_values(by[:2] + ["band"] if len(by) == 3 else by[:2] + by[2:], kind="stable", ignore_index=True)
+    )
 
 # %% ../nbs/04_angles.ipynb #d2b63d75
 def angle_profile(
-    base,          # `Checkpoint` or path
-    other,         # `Checkpoint` or path
-    matrix,        # name of the matrix
-    k=0.2,         # leading vectors: a share of the ranks (float) or a number (int)
-) -> pd.DataFrame: # base, other, matrix, side, rank (1..k), angle, random, forced
+    base,  # `Checkpoint` or path
+    other,  # `Checkpoint` or path
+    matrix,  # name of the matrix
+    k=0.2,  # leading vectors: a share of the ranks (float) or a number (int)
+) -> pd.DataFrame:  # base, other, matrix, side, rank (1..k), angle, random, forced
     "The sorted principal angles between the leading subspaces of one matrix, with the mean of the random baseline; radians."
     base, other = as_checkpoint(base), as_checkpoint(other)
     if base.shape(matrix) != other.shape(matrix):
         raise CheckpointError(f"{matrix}: {base.shape(matrix)} in {base.label}, {other.shape(matrix)} in {other.label}")
     a, b = factors(base, matrix), factors(other, matrix)
     size = band_size(len(a.s), k) if isinstance(k, float) else int(k)
-    if not 1 <= size <= len(a.s): raise ValueError(f"k = {k}: {matrix} has {len(a.s)} ranks")
+    if not 1 <= size <= len(a.s):
+        raise ValueError(f"k = {k}: {matrix} has {len(a.s)} ranks")
     found = []
     for side, A, B in (("U", a.U, b.U), ("V", a.Vh.T, b.Vh.T)):
         theta = torch.zeros(size) if torch.equal(A[:, :size], B[:, :size]) else _angles(A[:, :size], B[:, :size])
         rank = np.arange(1, size + 1)
-        found.append(pd.DataFrame(dict(base=base.label, other=other.label, matrix=matrix, side=side, rank=rank, angle=theta.numpy(),
-                                       random=random_angles(len(A), size).mean(0), forced=rank <= forced_zeros(len(A), size))))
+        found.append(
+            pd.DataFrame(
+                dict(
+                    base=base.label,
+                    other=other.label,
+                    matrix=matrix,
+                    side=side,
+                    rank=rank,
+                    angle=theta.numpy(),
+                    random=random_angles(len(A), size).mean(0),
+                    forced=rank <= forced_zeros(len(A), size),
+                )
+            )
+        )
     return pd.concat(found, ignore_index=True)
 
 # %% ../nbs/04_angles.ipynb #6d0a9935
 BAND_COLORS = {"head": "#D55E00", "bulk": "#999999", "tail": "#0072B2"}
 SIDE_MARKERS = {"U": "o", "V": "^"}
 
+
 def plot_profile(
-    table,     # from `angle_profile`
+    table,  # from `angle_profile`
     ax=None,
 ) -> plt.Axes:
     "Sorted principal angles against rank, U and V, with the random baseline; forced zeros are not drawn."
     ax = ax or plt.subplots(figsize=(5.5, 3.4), layout="constrained")[1]
     for side, color, line in (("U", "#0072B2", "-"), ("V", "#E69F00", "--")):
         rows = table[(table.side == side) & ~table.forced]
-        ax.plot(rows["rank"], np.degrees(rows.angle), color=color, linestyle=line, marker=SIDE_MARKERS[side], ms=3.5, lw=1.5,
-            label=f"{side}, measured")
-        ax.plot(rows["rank"], np.degrees(rows.random), color="0.6", linestyle=line, lw=1.2, label=f"{side}, random subspaces", zorder=1)
+        ax.plot(
+            rows["rank"],
+            np.degrees(rows.angle),
+            color=color,
+            linestyle=line,
+            marker=SIDE_MARKERS[side],
+            ms=3.5,
+            lw=1.5,
+            label=f"{side}, measured",
+        )
+        ax.plot(
+            rows["rank"],
+            np.degrees(rows.random),
+            color="0.6",
+            linestyle=line,
+            lw=1.2,
+            label=f"{side}, random subspaces",
+            zorder=1,
+        )
     ax.set(xlabel="rank of the angle", ylabel="principal angle (degrees)", ylim=(0, 92), yticks=range(0, 91, 15))
-    ax.set_title(f"{table.matrix[0].removeprefix('model.').removesuffix('.weight')}, leading {table['rank'].max()} vectors", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8.5)
+    ax.set_title(
+        f"{table.matrix[0].removeprefix('model.').removesuffix('.weight')}, leading {table['rank'].max()} vectors",
+        fontsize=10,
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8.5)
     return ax
 
 # %% ../nbs/04_angles.ipynb #c0b4ae30
 def plot_angles(
-    table,          # from `compare` or `compare_all`, one or a few pairs
-    value="mean",   # 'mean', 'median' or 'max'
+    table,  # from `compare` or `compare_all`, one or a few pairs
+    value="mean",  # 'mean', 'median' or 'max'
     ax=None,
 ) -> plt.Axes:
     "Angles of head, bulk and tail, U and V: a mark per matrix, their mean as a bar, the random baseline as dashes, the storage floor (where it is near) dotted."
@@ -639,64 +969,120 @@ def plot_angles(
     for p, pair in enumerate(pairs):
         for b, band in enumerate(BANDS):
             for side, shift in (("U", -0.19), ("V", 0.19)):
-                rows, x = table[(table.base == pair[0]) & (table.other == pair[1]) & (table.band == band) & (table.side == side)], 4 * p + b + shift
-                if rows.empty: continue
+                rows, x = (
+                    table[
+                        (table.base == pair[0]) & (table.other == pair[1]) & (table.band == band) & (table.side == side)
+                    ],
+                    4 * p + b + shift,
+                )
+                if rows.empty:
+                    continue
                 spread = 0.22 * (np.arange(len(rows)) / max(1, len(rows) - 1) - 0.5)
                 ax.plot(x + spread, rows[value], SIDE_MARKERS[side], color=BAND_COLORS[band], ms=4, alpha=0.45, mew=0)
                 ax.hlines(rows[value].mean(), x - 0.16, x + 0.16, color="black", lw=2)
                 ax.hlines(rows.random_mean.mean(), x - 0.17, x + 0.17, color="0.45", lw=1.2, linestyle=(0, (2, 1)))
-                if near: ax.hlines(rows.floor.mean(), x - 0.17, x + 0.17, color="#CC79A7", lw=1.6, linestyle=(0, (1, 1)))
-                ticks.append(x); names.append(side)
-            ax.annotate(band, (4 * p + b, 0), (0, -18), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="top",
-                fontsize=10)
+                if near:
+                    ax.hlines(rows.floor.mean(), x - 0.17, x + 0.17, color="#CC79A7", lw=1.6, linestyle=(0, (1, 1)))
+                ticks.append(x)
+                names.append(side)
+            ax.annotate(
+                band,
+                (4 * p + b, 0),
+                (0, -18),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=10,
+            )
         if len(pairs) > 1:
-            ax.annotate(f"{pair[0]} → {pair[1]}", (4 * p + 1, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                ha="center", fontsize=9.5)
-    if len(pairs) == 1: ax.set_title(f"{pairs[0][0]} → {pairs[0][1]}", fontsize=10)
+            ax.annotate(
+                f"{pair[0]} → {pair[1]}",
+                (4 * p + 1, 1),
+                (0, 3),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9.5,
+            )
+    if len(pairs) == 1:
+        ax.set_title(f"{pairs[0][0]} → {pairs[0][1]}", fontsize=10)
     if table[value].min() > 0:
-        ax.set_yscale("log"); _plain_log(ax.yaxis)
-    ax.set_xticks(ticks, names); ax.set(ylabel=f"{value} principal angle (degrees)")
-    ax.tick_params(axis="x", length=0); ax.grid(axis="y", alpha=0.3); ax.spines[["top", "right"]].set_visible(False)
+        ax.set_yscale("log")
+        _plain_log(ax.yaxis)
+    ax.set_xticks(ticks, names)
+    ax.set(ylabel=f"{value} principal angle (degrees)")
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
     ax.plot([], [], color="black", lw=2, label="mean over matrices")
     ax.plot([], [], color="0.45", lw=1.2, linestyle=(0, (2, 1)), label="random subspaces")
-    if near: ax.plot([], [], color="#CC79A7", lw=1.6, linestyle=(0, (1, 1)), label="storage floor")
+    if near:
+        ax.plot([], [], color="#CC79A7", lw=1.6, linestyle=(0, (1, 1)), label="storage floor")
     ax.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     return ax
 
 # %% ../nbs/04_angles.ipynb #6a012ff9
 def plot_map(
-    table,        # the table `angles` of a comparison, one pair
+    table,  # the table `angles` of a comparison, one pair
     band="head",  # 'head', 'bulk' or 'tail'
-    side="U",     # 'U' or 'V'
+    side="U",  # 'U' or 'V'
     value="degrees",  # 'degrees', or 'floors': in units of the storage floor
     ax=None,
 ) -> plt.Axes:
     "Mean principal angle of every matrix, kinds against layers; a dot marks what is not above noise."
     t = table[(table.band == band) & (table.side == side)]
-    if t.empty or t[["base", "other"]].drop_duplicates().shape[0] > 1: raise ValueError("plot_map draws one pair: choose its rows first")
-    t = t.assign(shown=np.degrees(t["mean"]) if value == "degrees" else t["mean"] / t.floor, layer=t.layer.fillna(-1).astype(int))
+    if t.empty or t[["base", "other"]].drop_duplicates().shape[0] > 1:
+        raise ValueError("plot_map draws one pair: choose its rows first")
+    t = t.assign(
+        shown=np.degrees(t["mean"]) if value == "degrees" else t["mean"] / t.floor, layer=t.layer.fillna(-1).astype(int)
+    )
     kinds = list(dict.fromkeys(t.kind))
     grid = t.pivot_table(index="kind", columns="layer", values="shown").reindex(kinds)
-    quiet = t.assign(quiet=~t.verdict.isin(["rotated", "chance"])).pivot_table(index="kind", columns="layer", values="quiet").reindex(kinds)
+    quiet = (
+        t.assign(quiet=~t.verdict.isin(["rotated", "chance"]))
+        .pivot_table(index="kind", columns="layer", values="quiet")
+        .reindex(kinds)
+    )
     ax = ax or plt.subplots(figsize=(min(11, 3 + 0.4 * grid.shape[1]), 1 + 0.3 * len(kinds)), layout="constrained")[1]
-    sns.heatmap(grid, ax=ax, cmap="cividis", vmin=0, annot=grid.shape[1] <= 12, fmt=".3g", annot_kws=dict(fontsize=7.5),
-                cbar_kws=dict(label="mean angle (degrees)" if value == "degrees" else "mean angle / floor"))
+    sns.heatmap(
+        grid,
+        ax=ax,
+        cmap="cividis",
+        vmin=0,
+        annot=grid.shape[1] <= 12,
+        fmt=".3g",
+        annot_kws=dict(fontsize=7.5),
+        cbar_kws=dict(label="mean angle (degrees)" if value == "degrees" else "mean angle / floor"),
+    )
     ys, xs = np.nonzero(quiet.to_numpy() == 1)
     ax.plot(xs + 0.5, ys + 0.85, "o", color="white", ms=3, mec="0.3", mew=0.5)
     ax.set(ylabel="")
-    ax.set(xlabel="layer"); ax.set_title(f"{t.base.iloc[0]} → {t.other.iloc[0]}, {band}, {side}", fontsize=10)
+    ax.set(xlabel="layer")
+    ax.set_title(f"{t.base.iloc[0]} → {t.other.iloc[0]}, {band}, {side}", fontsize=10)
     return ax
 
 # %% ../nbs/04_angles.ipynb #10554e3f
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     "Says in the help what an argument is when it is not given, where that is a value."
-    def _get_help_string(self, action): return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
 
 def add_arguments(parser):
     "The arguments of `compare`, for `gp-spectral` and `python -m gp_spectral.angles`."
     a = parser.add_argument
-    a("checkpoints", nargs="+", help="the base, then what was made of it: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'; full models or LoRA adapters")
-    a("--out", default="comparison", help="folder for tables and pictures; finished matrices survive there when it is stopped")
+    a(
+        "checkpoints",
+        nargs="+",
+        help="the base, then what was made of it: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'; full models or LoRA adapters",
+    )
+    a(
+        "--out",
+        default="comparison",
+        help="folder for tables and pictures; finished matrices survive there when it is stopped",
+    )
     a("--fraction", type=float, default=0.2, help="size of head, bulk and tail, a share of the ranks")
     a("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
     a("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
@@ -706,8 +1092,10 @@ def add_arguments(parser):
     a("--no-details", action="store_true", help="angles only, without the energy of the change and intruder dimensions")
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
     a("--no-cache", dest="cache", action="store_const", const="none", help="the same as --cache none")
-    a("--device", help="cpu or cuda; default: a GPU if there is one"); a("--workers", type=int, help="matrices at once; default: one per core, as memory allows")
+    a("--device", help="cpu or cuda; default: a GPU if there is one")
+    a("--workers", type=int, help="matrices at once; default: one per core, as memory allows")
     return parser
+
 
 def _shortened(notes):
     "Notes that say the same of several tensors as one."
@@ -715,26 +1103,38 @@ def _shortened(notes):
     for note in notes:
         name, _, text = note.partition(": ")
         said.setdefault(text, []).append(name)
-    return [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}" for text, names in said.items()]
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}" for text, names in said.items()
+    ]
+
 
 def run_compare(a) -> Comparison:
     "Compares as the parsed arguments say, prints what was found, and writes tables and pictures."
-    if len(a.checkpoints) < 2: raise ValueError("compare needs at least two checkpoints: the base, then the others")
+    if len(a.checkpoints) < 2:
+        raise ValueError("compare needs at least two checkpoints: the base, then the others")
     cs = [with_base(c, a.base) for c in a.checkpoints]
     rank, begun = int(os.environ.get("RANK", 0)), time.time()
     if rank == 0:
         for c in cs[1:]:
-            for note in _shortened(preflight(cs[0], c, a.kinds)): print(f"note: {note}")
+            for note in _shortened(preflight(cs[0], c, a.kinds)):
+                print(f"note: {note}")
     pairs = [(i, j) for j in range(len(cs)) for i in range(j)] if a.all_pairs else None
     cache = dict(auto=True, none=False).get(a.cache, a.cache)
-    found = compare_all(cs, pairs, a.fraction, a.kinds, a.layers, True, a.heads, not a.no_details, cache, a.out, a.device, a.workers)
-    if rank: return found
+    found = compare_all(
+        cs, pairs, a.fraction, a.kinds, a.layers, True, a.heads, not a.no_details, cache, a.out, a.device, a.workers
+    )
+    if rank:
+        return found
     print_comparison(found)
     for (base, other), t in found.angles.groupby(["base", "other"], sort=False):
         figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
-        for band, ax in zip(BANDS, axes): plot_map(t, band, ax=ax)
-        figure.savefig(Path(a.out) / f"{base}-{other}.png".replace("/", "_"), dpi=130); plt.close(figure)
-    axes = plot_angles(found.angles); axes.figure.savefig(Path(a.out) / "angles.png", dpi=130, bbox_inches="tight"); plt.close(axes.figure)
+        for band, ax in zip(BANDS, axes):
+            plot_map(t, band, ax=ax)
+        figure.savefig(Path(a.out) / f"{base}-{other}.png".replace("/", "_"), dpi=130)
+        plt.close(figure)
+    axes = plot_angles(found.angles)
+    axes.figure.savefig(Path(a.out) / "angles.png", dpi=130, bbox_inches="tight")
+    plt.close(axes.figure)
     print(f"\ntables and pictures: {a.out} ({time.time() - begun:.0f} s)")
     return found
 
@@ -746,39 +1146,70 @@ def print_comparison(found, most=5):
         changes = found.changes[(found.changes.base == base) & (found.changes.other == other)]
         rotated = t.verdict.isin(["rotated", "chance"])
         turned = t[rotated].matrix.nunique()
-        print(f"\n{base} → {other}: {turned} of {t.matrix.nunique()} matrices turned beyond storage noise in some band; "
-              f"σ changed by {changes.mean_abs_change.median():.2%}, the weights by {changes.weight_change.median():.2%}, "
-              f"{changes.unchanged.median():.1%} of the numbers are equal (medians over matrices)")
-        if changes.unchanged.median() > 0.5 and changes.unchanged.min() < 1: print("  most stored numbers are equal: a small angle may be an update that storage has swallowed, and the floor is too high for it")
+        print(
+            f"\n{base} → {other}: {turned} of {t.matrix.nunique()} matrices turned beyond storage noise in some band; "
+            f"σ changed by {changes.mean_abs_change.median():.2%}, the weights by {changes.weight_change.median():.2%}, "
+            f"{changes.unchanged.median():.1%} of the numbers are equal (medians over matrices)"
+        )
+        if changes.unchanged.median() > 0.5 and changes.unchanged.min() < 1:
+            print(
+                "  most stored numbers are equal: a small angle may be an update that storage has swallowed, and the floor is too high for it"
+            )
         nothing = t[(t.verdict == "undefined") & np.isfinite(t["mean"])]
-        if len(nothing): print(f"  {len(nothing)} of {len(t)} rows are undefined: in one of the two, no direction of the band is more than rounding (first: {nothing.matrix.iloc[0]} {nothing.side.iloc[0]} {nothing.band.iloc[0]})")
-        if not turned: continue
+        if len(nothing):
+            print(
+                f"  {len(nothing)} of {len(t)} rows are undefined: in one of the two, no direction of the band is more than rounding (first: {nothing.matrix.iloc[0]} {nothing.side.iloc[0]} {nothing.band.iloc[0]})"
+            )
+        if not turned:
+            continue
         show(summary(t, by="kind").drop(columns=["base", "other"]))
         by_layer = summary(t[t.band == "head"].dropna(subset="layer"), by="layer")
-        if len(by_layer) > 1: print("  mean head angle, layer by layer: " + ", ".join(f"{int(x.layer)}: {x.angle:.3g}°" for x in by_layer.itertuples()))
-        print("  angle, floor, random: mean principal angles in degrees; floor: what storage alone would cause; rotated: share of rows above it")
+        if len(by_layer) > 1:
+            print(
+                "  mean head angle, layer by layer: "
+                + ", ".join(f"{int(x.layer)}: {x.angle:.3g}°" for x in by_layer.itertuples())
+            )
+        print(
+            "  angle, floor, random: mean principal angles in degrees; floor: what storage alone would cause; rotated: share of rows above it"
+        )
         top = t[rotated].assign(ratio=t["mean"] / t.random_mean).nlargest(most, "ratio")
         print("  furthest, relative to random subspaces:")
         for x in top.itertuples():
-            print(f"    {x.matrix} {x.side} {x.band}: {np.degrees(x.mean):.2f}° of {np.degrees(x.random_mean):.0f}°, floor {np.degrees(x.floor):.2g}°"
-                  + (", the band's edge is degenerate" if x.degenerate else ""))
-        if "intruders_U" not in changes: continue
+            print(
+                f"    {x.matrix} {x.side} {x.band}: {np.degrees(x.mean):.2f}° of {np.degrees(x.random_mean):.0f}°, floor {np.degrees(x.floor):.2g}°"
+                + (", the band's edge is degenerate" if x.degenerate else "")
+            )
+        if "intruders_U" not in changes:
+            continue
         found_in = changes[["intruders_U", "intruders_V"]]
         if found_in.sum().sum():
-            print(f"  intruder dimensions: {found_in.intruders_U.sum()} in U, {found_in.intruders_V.sum()} in V, in {(found_in.sum(axis=1) > 0).sum()} matrices")
+            print(
+                f"  intruder dimensions: {found_in.intruders_U.sum()} in U, {found_in.intruders_V.sum()} in V, in {(found_in.sum(axis=1) > 0).sum()} matrices"
+            )
+
 
 def main(argv=None):
     "`gp-spectral compare`, and `python -m gp_spectral.angles`, alone or under `accelerate launch` or `torchrun`."
     argv = sys.argv[1:] if argv is None else argv
     named = argv[:1] in (["compare"], ["angles"])
     name = f"gp-spectral {argv[0]}" if named else "python -m gp_spectral.angles"
-    warnings.formatwarning = lambda message, *a, **k: f"note: {message}\n"          # a person reads these
-    parser = argparse.ArgumentParser(prog=name, description="Which matrices, layers and bands turned, and is it more than noise?", formatter_class=Defaults)
+    warnings.formatwarning = lambda message, *a, **k: f"note: {message}\n"  # a person reads these
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description="Which matrices, layers and bands turned, and is it more than noise?",
+        formatter_class=Defaults,
+    )
     a = add_arguments(parser).parse_args(argv[named:])
-    try: run_compare(a)
-    except (ValueError, OSError) as e: print(f"gp-spectral compare: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nstopped; the same command goes on from here", file=sys.stderr); return 130
+    try:
+        run_compare(a)
+    except (ValueError, OSError) as e:
+        print(f"gp-spectral compare: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/04_angles.ipynb #d4eb2dd0
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

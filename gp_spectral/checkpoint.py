@@ -9,7 +9,15 @@ __all__ = ['DTYPES', 'Entry', 'read_header', 'Checkpoint', 'Matrix', 'describe',
            'LowRank', 'preflight']
 
 # %% ../nbs/02a_checkpoint.ipynb #22d4c190
-import hashlib, json, math, os, re, shutil, struct, tempfile, warnings
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import tempfile
+import warnings
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -19,45 +27,77 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/02a_checkpoint.ipynb #944f2a8e
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-          "F8_E8M0": torch.float8_e8m0fnu}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
 
 class Entry(NamedTuple):
     "Where a tensor lies."
-    file: Path    # the safetensors file
-    start: int    # first byte, counted from the beginning of the file
-    end: int      # one past the last byte
+
+    file: Path  # the safetensors file
+    start: int  # first byte, counted from the beginning of the file
+    end: int  # one past the last byte
     dtype: torch.dtype
     shape: tuple
 
 # %% ../nbs/02a_checkpoint.ipynb #345a2f94
 def _read_json(path):
-    try: return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read as JSON ({e}): copy it again from where the checkpoint came from") from e
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({e}): copy it again from where the checkpoint came from"
+        ) from e
 
-def _damaged(path, why): return CheckpointError(f"{path} is truncated or corrupt ({why}): download or save it again")
+
+def _damaged(path, why):
+    return CheckpointError(f"{path} is truncated or corrupt ({why}): download or save it again")
+
 
 def read_header(
-    path,      # a .safetensors file
-) -> dict:     # tensor name -> `Entry`, in the order of the file
+    path,  # a .safetensors file
+) -> dict:  # tensor name -> `Entry`, in the order of the file
     "The header of a safetensors file, checked against the file's size; `CheckpointError` when it is truncated or corrupt."
     path, size = Path(path), Path(path).stat().st_size
-    with open(path, "rb") as f: head = f.read(8)
+    with open(path, "rb") as f:
+        head = f.read(8)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-    if not 2 <= length <= min(size - 8, 100_000_000): raise _damaged(path, f"{size} bytes do not hold the header they announce")
-    with open(path, "rb") as f: f.seek(8); raw = f.read(length)
-    try: header = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
-    except (ValueError, AttributeError) as e: raise _damaged(path, "its header is not JSON") from e
+    if not 2 <= length <= min(size - 8, 100_000_000):
+        raise _damaged(path, f"{size} bytes do not hold the header they announce")
+    with open(path, "rb") as f:
+        f.seek(8)
+        raw = f.read(length)
+    try:
+        header = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
+    except (ValueError, AttributeError) as e:
+        raise _damaged(path, "its header is not JSON") from e
     found = {}
     for name, v in header.items():
-        try: dtype, shape, (start, end) = v["dtype"], tuple(map(int, v["shape"])), map(int, v["data_offsets"])
-        except (KeyError, TypeError, ValueError) as e: raise _damaged(path, f"the header's entry {name} is malformed") from e
+        try:
+            dtype, shape, (start, end) = v["dtype"], tuple(map(int, v["shape"])), map(int, v["data_offsets"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise _damaged(path, f"the header's entry {name} is malformed") from e
         if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is stored as {dtype}, which is not supported: convert it to bfloat16 or float32")
-        if not 0 <= start <= end or end - start != prod(shape) * DTYPES[dtype].itemsize: raise _damaged(path, f"{name} has the wrong number of bytes")
-        if 8 + length + end > size: raise _damaged(path, f"{name} ends at byte {8 + length + end} of {size}")
+            raise CheckpointError(
+                f"{path}: {name} is stored as {dtype}, which is not supported: convert it to bfloat16 or float32"
+            )
+        if not 0 <= start <= end or end - start != prod(shape) * DTYPES[dtype].itemsize:
+            raise _damaged(path, f"{name} has the wrong number of bytes")
+        if 8 + length + end > size:
+            raise _damaged(path, f"{name} ends at byte {8 + length + end} of {size}")
         found[name] = Entry(path, 8 + length + start, 8 + length + end, DTYPES[dtype], shape)
     return found
 
@@ -65,51 +105,78 @@ def read_header(
 def _locate(path):
     "Tensor name -> `Entry` for a checkpoint folder."
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file(): return read_header(single)
+    if single.is_file():
+        return read_header(single)
     if index.is_file():
         where = _read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where: raise CheckpointError(f"{index} has no weight_map: save the checkpoint again")
+        if not isinstance(where, dict) or not where:
+            raise CheckpointError(f"{index} has no weight_map: save the checkpoint again")
         shards = {}
         for shard in sorted(set(map(str, where.values()))):
-            if Path(shard).name != shard: raise CheckpointError(f"{index} names {shard!r}, which is not a file of its own folder")
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index} names {shard!r}, which is not a file of its own folder")
             if not (path / shard).is_file():
-                raise CheckpointError(f"{index.name} names {shard}, but {path} does not hold it: download the missing shard")
+                raise CheckpointError(
+                    f"{index.name} names {shard}, but {path} does not hold it: download the missing shard"
+                )
             shards[shard] = read_header(path / shard)
         lost = [name for name, shard in where.items() if name not in shards[shard]]
-        if lost: raise CheckpointError(f"{path / where[lost[0]]} lacks {lost[0]}, which {index.name} places there: download the shard again")
+        if lost:
+            raise CheckpointError(
+                f"{path / where[lost[0]]} lacks {lost[0]}, which {index.name} places there: download the shard again"
+            )
         return {name: shards[shard][name] for name, shard in where.items()}
     if list(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} has safetensors files but no model.safetensors and no index: add model.safetensors.index.json")
+        raise CheckpointError(
+            f"{path} has safetensors files but no model.safetensors and no index: add model.safetensors.index.json"
+        )
     if list(path.glob("*.bin")) or list(path.glob("*.pt*")):
-        raise CheckpointError(f"{path} holds pickled weights only, which can run any code when read: save them with safe_serialization=True")
-    raise CheckpointError(f"{path} has a config.json but no model.safetensors: is it a tokenizer or an interrupted save?")
+        raise CheckpointError(
+            f"{path} holds pickled weights only, which can run any code when read: save them with safe_serialization=True"
+        )
+    raise CheckpointError(
+        f"{path} has a config.json but no model.safetensors: is it a tokenizer or an interrupted save?"
+    )
 
 # %% ../nbs/02a_checkpoint.ipynb #f566991e
 def _is_adapter(folder):
     there = lambda *names: any((folder / n).is_file() for n in names)
-    return not there("model.safetensors", "model.safetensors.index.json") and there("adapter_config.json") and (there("adapter_model.safetensors") or not there("config.json"))
+    return (
+        not there("model.safetensors", "model.safetensors.index.json")
+        and there("adapter_config.json")
+        and (there("adapter_model.safetensors") or not there("config.json"))
+    )
+
 
 class Checkpoint:
     "A Hugging Face checkpoint, read one tensor at a time; `CheckpointError` when it is not one."
-    def __init__(self,
-        path,         # folder with config.json and safetensors, single or sharded; a LoRA adapter's folder; or what else `locate` knows
-        label=None,   # its name in tables and plots; default: the folder's name
-        base=None,    # for an adapter: the `Checkpoint` or path it is laid over; default: the base that its config names
+
+    def __init__(
+        self,
+        path,  # folder with config.json and safetensors, single or sharded; a LoRA adapter's folder; or what else `locate` knows
+        label=None,  # its name in tables and plots; default: the folder's name
+        base=None,  # for an adapter: the `Checkpoint` or path it is laid over; default: the base that its config names
     ):
         self.path = locate(path)
         self.label = label or (self.path.resolve().name if Path(path) in (self.path, self.path.parent) else str(path))
         self.base, self.overlay, self._listed, self._warned, self._copy = None, {}, {}, set(), None
-        if _is_adapter(self.path): self._open_adapter(base)
+        if _is_adapter(self.path):
+            self._open_adapter(base)
         else:
-            if base is not None: raise CheckpointError(f"{self.path} is not an adapter, so it has no base: leave `base` out")
+            if base is not None:
+                raise CheckpointError(f"{self.path} is not an adapter, so it has no base: leave `base` out")
             if not (self.path / "config.json").is_file():
                 raise CheckpointError(f"{path} has no config.json: give the folder that save_pretrained wrote")
             self.config, self.entries = _read_json(self.path / "config.json"), _locate(self.path)
-            if not isinstance(self.config, dict): raise CheckpointError(f"{self.path / 'config.json'} is not a JSON object: copy it again")
+            if not isinstance(self.config, dict):
+                raise CheckpointError(f"{self.path / 'config.json'} is not a JSON object: copy it again")
         self.scales = _find_scales(self.entries)
 
     @property
-    def names(self): "The names of all tensors."; return list(self.entries)
+    def names(self):
+        "The names of all tensors."
+        return list(self.entries)
+
     def __repr__(self):
         numbers = sum(prod(e.shape) for e in self.entries.values())
         return f"Checkpoint({self.label!r}: {len(self.entries)} tensors, {numbers:,} numbers, {self.n_layers} layers)"
@@ -120,104 +187,154 @@ def _read(e, name, start=0, stop=None):
     size = e.dtype.itemsize
     first, last = e.start + start * size, e.end if stop is None else e.start + stop * size
     raw = bytearray(last - first)
-    with open(e.file, "rb") as f: f.seek(first); got = f.readinto(raw)
-    if got != last - first: raise _damaged(e.file, f"{name} ends too early")
+    with open(e.file, "rb") as f:
+        f.seek(first)
+        got = f.readinto(raw)
+    if got != last - first:
+        raise _damaged(e.file, f"{name} ends too early")
     return torch.frombuffer(raw, dtype=e.dtype) if raw else torch.empty(0, dtype=e.dtype)
 
+
 def _finite(t, name, file):
-    if not t.is_floating_point() or not t.numel(): return t
-    if t.element_size() > 1 and all(map(torch.isfinite, torch.aminmax(t))): return t                    # NaN comes through minimum and maximum
-    rows = t.split(max(1, 2**22 * len(t) // t.numel())) if t.ndim else [t]       # piecewise: the check needs no second copy
+    if not t.is_floating_point() or not t.numel():
+        return t
+    if t.element_size() > 1 and all(map(torch.isfinite, torch.aminmax(t))):
+        return t  # NaN comes through minimum and maximum
+    rows = t.split(max(1, 2**22 * len(t) // t.numel())) if t.ndim else [t]  # piecewise: the check needs no second copy
     bad = sum(int((~torch.isfinite(r if r.element_size() > 1 else r.float())).sum()) for r in rows)
-    if bad: raise CheckpointError(f"{name} in {file} holds {bad} NaN or infinite values: its training diverged; use an earlier checkpoint")
+    if bad:
+        raise CheckpointError(
+            f"{name} in {file} holds {bad} NaN or infinite values: its training diverged; use an earlier checkpoint"
+        )
     return t
 
 # %% ../nbs/02a_checkpoint.ipynb #1bb207ca
 @patch
-def entry(self:Checkpoint, name) -> Entry:
+def entry(self: Checkpoint, name) -> Entry:
     "Where the tensor `name` lies."
-    if name not in self.entries: raise CheckpointError(f"{self.path} has no tensor {name!r}")
+    if name not in self.entries:
+        raise CheckpointError(f"{self.path} has no tensor {name!r}")
     return self.entries[name]
 
-@patch
-def shape(self:Checkpoint, name) -> tuple: "The shape of a tensor, without reading it."; return self.entry(name).shape
-@patch
-def dtype(self:Checkpoint, name) -> torch.dtype: "The dtype a tensor is stored in, without reading it."; return self.entry(name).dtype
 
 @patch
-def tensor(self:Checkpoint,
-    name,         # a tensor's name
-    check=True,   # raise a `CheckpointError` on NaN or infinity
-) -> Tensor:      # as stored: same dtype, same shape; float32 when it is stored in eight bits, or an adapter lies over it
+def shape(self: Checkpoint, name) -> tuple:
+    "The shape of a tensor, without reading it."
+    return self.entry(name).shape
+
+
+@patch
+def dtype(self: Checkpoint, name) -> torch.dtype:
+    "The dtype a tensor is stored in, without reading it."
+    return self.entry(name).dtype
+
+
+@patch
+def tensor(
+    self: Checkpoint,
+    name,  # a tensor's name
+    check=True,  # raise a `CheckpointError` on NaN or infinity
+) -> Tensor:  # as stored: same dtype, same shape; float32 when it is stored in eight bits, or an adapter lies over it
     "Reads one tensor; the file is opened for it and closed again."
     e = self.entry(name)
     t = self._scaled(name, _read(e, name).reshape(e.shape))
-    if name in self.overlay: t = _lay_over(t, self.overlay[name], name)
+    if name in self.overlay:
+        t = _lay_over(t, self.overlay[name], name)
     return _finite(t, name, e.file) if check else t
 
 # %% ../nbs/02a_checkpoint.ipynb #a0105374
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
+
 def _find_scales(entries):
     "fp8 tensor name -> name of its scale."
-    return {n: s for n, e in entries.items() if e.dtype in _FP8
-            for s in [next((n + end for end in ("_scale_inv", "_scale") if n + end in entries), None)] if s}
+    return {
+        n: s
+        for n, e in entries.items()
+        if e.dtype in _FP8
+        for s in [next((n + end for end in ("_scale_inv", "_scale") if n + end in entries), None)]
+        if s
+    }
+
 
 def _blocks(config):
     "Rows and columns of a block that shares one scale."
     q = config.get("quantization_config") or {}
     groups = q.get("config_groups") or {}
-    found = q.get("weight_block_size") or next((w["block_structure"] for g in groups.values()
-        if (w := g.get("weights") or {}).get("block_structure")), None)
+    found = q.get("weight_block_size") or next(
+        (w["block_structure"] for g in groups.values() if (w := g.get("weights") or {}).get("block_structure")), None
+    )
     return tuple(found or (128, 128))
+
 
 def _spread(scale, shape, blocks, name):
     "A scale in a shape that broadcasts to `shape`, float32."
     m, k = shape[-2:] if len(shape) > 1 else (shape[0], 1)
-    s = scale.float() if scale.dtype != torch.uint8 else (scale.float() - 127).exp2()          # a bare exponent
-    if s.numel() == 1: return s.reshape([1] * len(shape))
-    if s.shape == shape[:-1]: return s.unsqueeze(-1)                                          # one for each row
+    s = scale.float() if scale.dtype != torch.uint8 else (scale.float() - 127).exp2()  # a bare exponent
+    if s.numel() == 1:
+        return s.reshape([1] * len(shape))
+    if s.shape == shape[:-1]:
+        return s.unsqueeze(-1)  # one for each row
     if s.ndim == len(shape) and s.shape[:-2] == shape[:-2]:
-        if tuple(s.shape[-2:]) == (m, 1) or len(shape) > 2 and tuple(s.shape[-2:]) in ((1, k), (1, 1)): return s
-        if not m % s.shape[-2] and not k % s.shape[-1] and tuple(s.shape[-2:]) != (-(-m // blocks[0]), -(-k // blocks[1])):
-            blocks = m // s.shape[-2], k // s.shape[-1]                                        # a size of its own, as for experts, that the grid shows
+        if tuple(s.shape[-2:]) == (m, 1) or len(shape) > 2 and tuple(s.shape[-2:]) in ((1, k), (1, 1)):
+            return s
+        if (
+            not m % s.shape[-2]
+            and not k % s.shape[-1]
+            and tuple(s.shape[-2:]) != (-(-m // blocks[0]), -(-k // blocks[1]))
+        ):
+            blocks = m // s.shape[-2], k // s.shape[-1]  # a size of its own, as for experts, that the grid shows
         if tuple(s.shape[-2:]) == (-(-m // blocks[0]), -(-k // blocks[1])):
             return s.repeat_interleave(blocks[0], -2)[..., :m, :].repeat_interleave(blocks[1], -1)[..., :k]
-    raise CheckpointError(f"{name}: its scale has shape {tuple(scale.shape)}, which fits neither the rows of {tuple(shape)} nor blocks of {blocks}: "
-                          "give the block size as quantization_config.weight_block_size in config.json")
+    raise CheckpointError(
+        f"{name}: its scale has shape {tuple(scale.shape)}, which fits neither the rows of {tuple(shape)} nor blocks of {blocks}: "
+        "give the block size as quantization_config.weight_block_size in config.json"
+    )
+
 
 @patch
-def _scaled(self:Checkpoint, name, t, expert=None):
+def _scaled(self: Checkpoint, name, t, expert=None):
     "fp8 values times their scale (of one expert of a stack); other dtypes as they are."
-    if t.dtype not in _FP8: return t
-    if name in self.scales: return t.float().mul_(self._scale(name, expert))
-    plain = str(self.config.get("dtype") or self.config.get("torch_dtype") or "").startswith("float8") and not self.config.get("quantization_config")
-    if plain: return t.float()
-    raise CheckpointError(f"{name} in {self.entry(name).file} is stored in fp8 without its scale: {name}_scale_inv or {name}_scale is missing")
+    if t.dtype not in _FP8:
+        return t
+    if name in self.scales:
+        return t.float().mul_(self._scale(name, expert))
+    plain = str(self.config.get("dtype") or self.config.get("torch_dtype") or "").startswith(
+        "float8"
+    ) and not self.config.get("quantization_config")
+    if plain:
+        return t.float()
+    raise CheckpointError(
+        f"{name} in {self.entry(name).file} is stored in fp8 without its scale: {name}_scale_inv or {name}_scale is missing"
+    )
+
 
 @patch
-def _scale(self:Checkpoint, name, expert=None):
+def _scale(self: Checkpoint, name, expert=None):
     "The scale of an fp8 tensor, or of one expert of a stack, in a shape that broadcasts to it."
     s, shape = self.scales[name], self.entry(name).shape
     e = self.entry(s)
     scale = _read(e, s).reshape(e.shape)
-    if expert is not None: shape, scale = shape[1:], scale[expert] if scale.ndim and len(scale) == shape[0] else scale.reshape(-1)
+    if expert is not None:
+        shape, scale = shape[1:], scale[expert] if scale.ndim and len(scale) == shape[0] else scale.reshape(-1)
     return _spread(scale, shape, _blocks(self.config), name)
 
 # %% ../nbs/02a_checkpoint.ipynb #47ccfb2c
 class Matrix(NamedTuple):
     "A weight matrix of a checkpoint: a stored tensor, or a part of one."
-    name: str                  # unique: the tensor's name, for a part with a suffix: '...c_attn.weight[q]', '...q_proj.weight[head 3]'
-    layer: int                 # None outside the layers
-    kind: str                  # 'q_proj', 'down_proj', ...; in an encoder-decoder 'encoder_attn.q_proj', 'SelfAttention.q'
-    stack: str = ""            # 'encoder', 'decoder', a tower such as 'vision_tower', or '' when there is only one
-    tensor: str = ""           # name of the stored tensor
-    shape: tuple = ()          # (out, in)
-    view: tuple = None         # (sizes, index): the stored tensor is reshaped to `sizes`, then indexed by numbers and (start, stop); None: all of it
-    transposed: bool = False   # stored as (in, out)
-    expert: int = None         # number of the expert, where there are several
-    head: int = None           # number of the head (for keys and values: of the group), where heads were asked for
-    note: str = ""             # why a fused tensor could not be split
+
+    name: str  # unique: the tensor's name, for a part with a suffix: '...c_attn.weight[q]', '...q_proj.weight[head 3]'
+    layer: int  # None outside the layers
+    kind: str  # 'q_proj', 'down_proj', ...; in an encoder-decoder 'encoder_attn.q_proj', 'SelfAttention.q'
+    stack: str = ""  # 'encoder', 'decoder', a tower such as 'vision_tower', or '' when there is only one
+    tensor: str = ""  # name of the stored tensor
+    shape: tuple = ()  # (out, in)
+    view: tuple = None  # (sizes, index): the stored tensor is reshaped to `sizes`, then indexed by numbers and (start, stop); None: all of it
+    transposed: bool = False  # stored as (in, out)
+    expert: int = None  # number of the expert, where there are several
+    head: int = None  # number of the head (for keys and values: of the group), where heads were asked for
+    note: str = ""  # why a fused tensor could not be split
+
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 _EXPERT = re.compile(r"\.(?:experts|local_experts)\.(\d+)\.")
@@ -225,116 +342,235 @@ _TOWER = re.compile(r"(?:^|\.)((?:vision|visual|image|audio|text_model|qformer)\
 _STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
 _PARTS = dict(q="q_proj", k="k_proj", v="v_proj", gate="gate_proj", up="up_proj")
 
+
 def describe(name) -> Matrix:
     "What a name alone tells about a tensor or a part of one: layer, kind, tensor, expert and head."
     tensor, *parts = name.split("[")
     parts, words = [p.rstrip("]") for p in parts], tensor.split(".")
     layer, expert, head = _LAYER.search(tensor), _EXPERT.search(tensor), [p for p in parts if p.startswith("head ")]
     kind = words[-2] if words[-1] in ("weight", "bias") and len(words) > 1 else words[-1]
-    return Matrix(name, int(layer[1]) if layer else None, next((_PARTS[p] for p in parts if p in _PARTS), kind), tensor=tensor,
-                  expert=int(expert[1]) if expert else next((int(p) for p in parts if p.isdigit()), None), head=int(head[0][5:]) if head else None)
+    return Matrix(
+        name,
+        int(layer[1]) if layer else None,
+        next((_PARTS[p] for p in parts if p in _PARTS), kind),
+        tensor=tensor,
+        expert=int(expert[1]) if expert else next((int(p) for p in parts if p.isdigit()), None),
+        head=int(head[0][5:]) if head else None,
+    )
+
 
 @patch(as_prop=True)
-def n_layers(self:Checkpoint) -> int:
+def n_layers(self: Checkpoint) -> int:
     "The number of layers that the tensors' names show, in the longest stack."
     return 1 + max((m.layer for m in map(describe, self.entries) if m.layer is not None), default=-1)
 
 # %% ../nbs/02a_checkpoint.ipynb #3028b75a
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}    # linear layers stored as (in, out)
-_QKV = {"c_attn": {t: "blocks" for t in _CONV1D} | {"gpt_bigcode": "multi_query"},
-        "query_key_value": dict(gpt_neox="grouped", gpt_neox_japanese="grouped", bloom="grouped", persimmon="grouped", falcon="falcon"),
-        "qkv_proj": dict(phi3="blocks", phi4_multimodal="blocks", codegen="codegen"),
-        "Wqkv": dict(mpt="blocks", modernbert="blocks"), "W_pack": dict(baichuan="blocks"), "wqkv": dict(internlm2="grouped"),
-        "qkv": {}, "in_proj_weight": {}}                                # vision transformers and torch's own attention: blocks
-_GATE_UP = {"gate_up_proj": {"phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text"},
-            "Wi": {"modernbert", "modernbert-decoder"}, "input_linear": {"granitemoe", "granitemoeshared", "granitemoehybrid"}}
-_EXPERTS_IN_OUT = {"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
-_EXPERTS_UP = {"gate_up_proj": "gate_up", "input_linear": "gate_up", "gate_proj": "up", "up_proj": "up", "w1": "up", "w3": "up",
-               "down_proj": "down", "output_linear": "down", "w2": "down"}
-_ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention", "EncDecAttention", "encoder_attn", "crossattention", "self"}
-_HEADS = {k: part for part, kinds in dict(q="q_proj q query q_lin query_proj q_attn", k="k_proj k key k_lin key_proj",
-          v="v_proj v value v_lin value_proj", o="o_proj o out_proj out_lin c_proj dense Wo proj").items() for k in kinds.split()}
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # linear layers stored as (in, out)
+_QKV = {
+    "c_attn": {t: "blocks" for t in _CONV1D} | {"gpt_bigcode": "multi_query"},
+    "query_key_value": dict(
+        gpt_neox="grouped", gpt_neox_japanese="grouped", bloom="grouped", persimmon="grouped", falcon="falcon"
+    ),
+    "qkv_proj": dict(phi3="blocks", phi4_multimodal="blocks", codegen="codegen"),
+    "Wqkv": dict(mpt="blocks", modernbert="blocks"),
+    "W_pack": dict(baichuan="blocks"),
+    "wqkv": dict(internlm2="grouped"),
+    "qkv": {},
+    "in_proj_weight": {},
+}  # vision transformers and torch's own attention: blocks
+_GATE_UP = {
+    "gate_up_proj": {"phi3", "phi4_multimodal", "glm", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text"},
+    "Wi": {"modernbert", "modernbert-decoder"},
+    "input_linear": {"granitemoe", "granitemoeshared", "granitemoehybrid"},
+}
+_EXPERTS_IN_OUT = {
+    "gpt_oss",
+    "openai_privacy_filter",
+    "llama4",
+    "llama4_text",
+    "aria",
+    "aria_text",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_text",
+}
+_EXPERTS_UP = {
+    "gate_up_proj": "gate_up",
+    "input_linear": "gate_up",
+    "gate_proj": "up",
+    "up_proj": "up",
+    "w1": "up",
+    "w3": "up",
+    "down_proj": "down",
+    "output_linear": "down",
+    "w2": "down",
+}
+_ATTENTION = {
+    "self_attn",
+    "attn",
+    "attention",
+    "self_attention",
+    "SelfAttention",
+    "EncDecAttention",
+    "encoder_attn",
+    "crossattention",
+    "self",
+}
+_HEADS = {
+    k: part
+    for part, kinds in dict(
+        q="q_proj q query q_lin query_proj q_attn",
+        k="k_proj k key k_lin key_proj",
+        v="v_proj v value v_lin value_proj",
+        o="o_proj o out_proj out_lin c_proj dense Wo proj",
+    ).items()
+    for k in kinds.split()
+}
+
 
 class _Geometry(NamedTuple):
     "What a config says of its attention heads."
-    q: int       # query heads
-    kv: int      # key and value heads
-    dim: int     # numbers per head
+
+    q: int  # query heads
+    kv: int  # key and value heads
+    dim: int  # numbers per head
     hidden: int  # width of the residual stream
 
-def _first(config, *keys): return next((config[k] for k in keys if config.get(k) is not None), None)
+
+def _first(config, *keys):
+    return next((config[k] for k in keys if config.get(k) is not None), None)
+
 
 def _geometry(config, stack=""):
     "`_Geometry` of a config, or None when it lacks something."
     at = {"encoder": "encoder_attention_heads", "decoder": "decoder_attention_heads"}.get(stack, "num_attention_heads")
     attn = config.get("attn_config") if isinstance(config.get("attn_config"), dict) else {}
-    q, hidden = _first(config, at, "num_attention_heads", "n_head", "n_heads", "num_heads"), _first(config, "embed_dim", "hidden_size", "n_embd", "d_model")
-    if not q or not hidden: return None
-    kv, dim = _first({**attn, **config}, "num_key_value_heads", "kv_n_heads"), _first(config, "head_dim", "d_kv", "kv_channels")
+    q, hidden = (
+        _first(config, at, "num_attention_heads", "n_head", "n_heads", "num_heads"),
+        _first(config, "embed_dim", "hidden_size", "n_embd", "d_model"),
+    )
+    if not q or not hidden:
+        return None
+    kv, dim = (
+        _first({**attn, **config}, "num_key_value_heads", "kv_n_heads"),
+        _first(config, "head_dim", "d_kv", "kv_channels"),
+    )
     if config.get("model_type") == "falcon":
-        if config.get("new_decoder_architecture") is None or config.get("multi_query") is None: return None
+        if config.get("new_decoder_architecture") is None or config.get("multi_query") is None:
+            return None
         kv = config.get("num_kv_heads") if config["new_decoder_architecture"] else 1 if config["multi_query"] else q
-    if config.get("model_type") == "gpt_bigcode": kv = 1 if config.get("multi_query", True) else q
+    if config.get("model_type") == "gpt_bigcode":
+        kv = 1 if config.get("multi_query", True) else q
     return _Geometry(q, kv or q, dim or hidden // q, hidden)
 
 # %% ../nbs/02a_checkpoint.ipynb #41b28e05
 @patch
-def _part_of_config(self:Checkpoint, stack):
+def _part_of_config(self: Checkpoint, stack):
     "The config that holds for a stack: a tower's own, or the language model's."
     towers = dict(vis="vision_config", ima="vision_config", aud="audio_config", tex="text_config", qfo="qformer_config")
-    if stack[:3] in towers: return self.config.get(towers[stack[:3]]) or {}
-    inner = next((self.config[k] for k in ("text_config", "llm_config", "language_config") if isinstance(self.config.get(k), dict)), {})
+    if stack[:3] in towers:
+        return self.config.get(towers[stack[:3]]) or {}
+    inner = next(
+        (
+            self.config[k]
+            for k in ("text_config", "llm_config", "language_config")
+            if isinstance(self.config.get(k), dict)
+        ),
+        {},
+    )
     return {**self.config, **inner}
 
+
 @patch(as_prop=True)
-def _two_stacks(self:Checkpoint):
+def _two_stacks(self: Checkpoint):
     "Encoder and decoder both, leaving towers aside?"
-    return len({s[1] for n in self.entries if not _TOWER.search(n) and (s := _STACK.search(n)) and _LAYER.search(n)}) == 2
+    return (
+        len({s[1] for n in self.entries if not _TOWER.search(n) and (s := _STACK.search(n)) and _LAYER.search(n)}) == 2
+    )
+
 
 def _cut(m, lead, index, suffix, side="out", **more):
     "The part of `m` that `index` selects, when its `side` is laid out as `lead`."
     rows, cols = m.shape
-    n = prod(size if i is None else i[1] - i[0] for size, i in zip(lead, list(index) + [None] * len(lead)) if not isinstance(i, int))
+    n = prod(
+        size if i is None else i[1] - i[0]
+        for size, i in zip(lead, list(index) + [None] * len(lead))
+        if not isinstance(i, int)
+    )
     first, other = (side == "out") != m.transposed, cols if side == "out" else rows
     before, at = (m.view[0][:1], m.view[1][:1]) if m.view else ((), ())
     sizes, index = ((*lead, other), index) if first else ((other, *lead), ((0, other), *index))
-    return m._replace(name=m.name + suffix, shape=(n, cols) if side == "out" else (rows, n), view=((*before, *sizes), (*at, *index)), **more)
+    return m._replace(
+        name=m.name + suffix,
+        shape=(n, cols) if side == "out" else (rows, n),
+        view=((*before, *sizes), (*at, *index)),
+        **more,
+    )
+
 
 def _layout(form, g):
     "The sizes that a fused tensor's rows have, and where in them each part and each head lies."
     if form == "blocks" or form == "multi_query" and g.kv < g.q:
         starts, d = dict(q=(0, g.q), k=(g.q, g.kv), v=(g.q + g.kv, g.kv)), g.dim
-        return ((g.q + 2 * g.kv) * d,), {p: ((s * d, (s + n) * d),) for p, (s, n) in starts.items()}, \
-            {p: [(((s + i) * d, (s + i + 1) * d),) for i in range(n)] for p, (s, n) in starts.items()}
+        return (
+            ((g.q + 2 * g.kv) * d,),
+            {p: ((s * d, (s + n) * d),) for p, (s, n) in starts.items()},
+            {p: [(((s + i) * d, (s + i + 1) * d),) for i in range(n)] for p, (s, n) in starts.items()},
+        )
     if form == "codegen":
         h = g.q // 4
-        return (4, 3, h, g.dim), {p: ((0, 4), i) for i, p in enumerate("qvk")}, \
-            {p: [(j // h, i, j % h) for j in range(g.q)] for i, p in enumerate("qvk")}
+        return (
+            (4, 3, h, g.dim),
+            {p: ((0, 4), i) for i, p in enumerate("qvk")},
+            {p: [(j // h, i, j % h) for j in range(g.q)] for i, p in enumerate("qvk")},
+        )
     n = g.q // g.kv
-    return (g.kv, n + 2, g.dim), dict(q=((0, g.kv), (0, n)), k=((0, g.kv), n), v=((0, g.kv), n + 1)), \
-        dict(q=[(j // n, j % n) for j in range(g.q)], k=[(j, n) for j in range(g.kv)], v=[(j, n + 1) for j in range(g.kv)])
+    return (
+        (g.kv, n + 2, g.dim),
+        dict(q=((0, g.kv), (0, n)), k=((0, g.kv), n), v=((0, g.kv), n + 1)),
+        dict(
+            q=[(j // n, j % n) for j in range(g.q)],
+            k=[(j, n) for j in range(g.kv)],
+            v=[(j, n + 1) for j in range(g.kv)],
+        ),
+    )
 
 # %% ../nbs/02a_checkpoint.ipynb #3a925abb
 def _split_qkv(m, base, config, g, heads):
     "Queries, keys and values of a fused matrix, or the matrix itself with a note."
     kind, rows, type = base, m.shape[0], config.get("model_type")
-    form = _QKV[kind].get(type) or ("blocks" if kind == "in_proj_weight" or kind == "qkv" and (m.stack or "patch_size" in config) else None)
-    if form is None: return [m._replace(note=f"the layout of {kind} in model_type {type!r} is not known")]
-    if form == "blocks" and not _QKV[kind] and (g is None or (g.q + 2 * g.kv) * g.dim != rows):     # a vision tower's, whose config may say little
-        if rows % 3: return [m._replace(note=f"{rows} rows are not three parts")]
+    form = _QKV[kind].get(type) or (
+        "blocks" if kind == "in_proj_weight" or kind == "qkv" and (m.stack or "patch_size" in config) else None
+    )
+    if form is None:
+        return [m._replace(note=f"the layout of {kind} in model_type {type!r} is not known")]
+    if (
+        form == "blocks" and not _QKV[kind] and (g is None or (g.q + 2 * g.kv) * g.dim != rows)
+    ):  # a vision tower's, whose config may say little
+        if rows % 3:
+            return [m._replace(note=f"{rows} rows are not three parts")]
         return [_cut(m, (3, rows // 3), (i,), f"[{p}]", kind=_PARTS[p]) for i, p in enumerate("qkv")]
-    if g is None: return [m._replace(note="its config lacks the number of heads")]
+    if g is None:
+        return [m._replace(note="its config lacks the number of heads")]
     lead, whole, each = _layout(form, g)
-    if prod(lead) != rows: return [m._replace(note=f"{g.q} query and {g.kv} key heads of {g.dim} do not make up its {rows} rows")]
-    if not heads: return [_cut(m, lead, whole[p], f"[{p}]", kind=_PARTS[p]) for p in "qkv"]
-    return [_cut(m, lead, at, f"[{p}][head {i}]", kind=_PARTS[p], head=i) for p in "qkv" for i, at in enumerate(each[p])]
+    if prod(lead) != rows:
+        return [m._replace(note=f"{g.q} query and {g.kv} key heads of {g.dim} do not make up its {rows} rows")]
+    if not heads:
+        return [_cut(m, lead, whole[p], f"[{p}]", kind=_PARTS[p]) for p in "qkv"]
+    return [
+        _cut(m, lead, at, f"[{p}][head {i}]", kind=_PARTS[p], head=i) for p in "qkv" for i, at in enumerate(each[p])
+    ]
+
 
 def _split_heads(m, part, g):
     "The heads of a query, key, value or output matrix, or the matrix itself with a note."
     side = "in" if part == "o" else "out"
     size, n = m.shape[side == "in"], g and (g.kv if part in "kv" else g.q)
-    if g is None or n * g.dim != size: return [m._replace(note=f"its config gives no heads that make up {size} {'columns' if part == 'o' else 'rows'}")]
+    if g is None or n * g.dim != size:
+        return [
+            m._replace(note=f"its config gives no heads that make up {size} {'columns' if part == 'o' else 'rows'}")
+        ]
     return [_cut(m, (n, g.dim), (i,), f"[head {i}]", side, head=i) for i in range(n)]
+
 
 def _split_gate_up(m, interleaved=False):
     "The two halves of a gated MLP's first matrix."
@@ -342,37 +578,57 @@ def _split_gate_up(m, interleaved=False):
     lead, at = ((half, 2), lambda i: ((0, half), i)) if interleaved else ((2, half), lambda i: (i,))
     return [_cut(m, lead, at(i), f"[{p}]", kind=_PARTS[p]) for i, p in enumerate(("gate", "up"))]
 
+
 def _split_experts(m, base, config, g):
     "The experts of a stacked tensor, split further where gate and up share it; an empty list and a reason when the orientation is unclear."
     n, a, b = m.shape
     part, type, hidden = _EXPERTS_UP.get(base), config.get("model_type"), g.hidden if g else None
-    if base == "input_linear" and "attention" in m.name: part = "up"          # JetMoe has experts for its queries, too
-    flips = {"up": (a, b), "gate_up": (a, b), "down": (b, a)}.get(part)       # (what hidden size is if stored (in, out), and if (out, in))
-    if flips and hidden in flips and flips[0] != flips[1]: turned = flips[0] == hidden
-    elif part and type: turned = type in _EXPERTS_IN_OUT
-    else: return [], "it cannot be told which axis of the experts is the output"
+    if base == "input_linear" and "attention" in m.name:
+        part = "up"  # JetMoe has experts for its queries, too
+    flips = {"up": (a, b), "gate_up": (a, b), "down": (b, a)}.get(
+        part
+    )  # (what hidden size is if stored (in, out), and if (out, in))
+    if flips and hidden in flips and flips[0] != flips[1]:
+        turned = flips[0] == hidden
+    elif part and type:
+        turned = type in _EXPERTS_IN_OUT
+    else:
+        return [], "it cannot be told which axis of the experts is the output"
     found = []
     for i in range(n):
-        e = m._replace(name=f"{m.name}[{i}]", shape=(b, a) if turned else (a, b), view=((n, a, b), (i,)), transposed=turned, expert=i)
+        e = m._replace(
+            name=f"{m.name}[{i}]",
+            shape=(b, a) if turned else (a, b),
+            view=((n, a, b), (i,)),
+            transposed=turned,
+            expert=i,
+        )
         found += _split_gate_up(e, type == "gpt_oss") if part == "gate_up" and e.shape[0] % 2 == 0 else [e]
     return found, ""
 
 # %% ../nbs/02a_checkpoint.ipynb #47c3de39
 @patch
-def _of_tensor(self:Checkpoint, m, shape, two, heads, config, g):
+def _of_tensor(self: Checkpoint, m, shape, two, heads, config, g):
     "(the matrices of one stored tensor, why there are none): `m` is what its name says, with its stack; `config` and `g` are its stack's."
     base, words = m.kind, m.name.split(".")
-    if base == "relative_attention_bias": m = m._replace(layer=None)      # T5: a table of buckets, not a map
-    elif two and not _TOWER.search(m.name) and m.layer is not None and not words[-3].isdigit(): m = m._replace(kind=f"{words[-3]}.{base}")
+    if base == "relative_attention_bias":
+        m = m._replace(layer=None)  # T5: a table of buckets, not a map
+    elif two and not _TOWER.search(m.name) and m.layer is not None and not words[-3].isdigit():
+        m = m._replace(kind=f"{words[-3]}.{base}")
     if len(shape) == 3:
-        if base not in _EXPERTS_UP or not ("experts" in words or base.endswith("_linear")): return [], ""
+        if base not in _EXPERTS_UP or not ("experts" in words or base.endswith("_linear")):
+            return [], ""
         return _split_experts(m._replace(shape=shape), base, config, g)
     turned, type = config.get("model_type") in _CONV1D and m.layer is not None, config.get("model_type")
     m = m._replace(shape=shape[::-1] if turned else shape, transposed=turned)
-    if base in _QKV: return _split_qkv(m, base, config, g, heads), ""
-    if base in _GATE_UP and m.shape[0] % 2 == 0 and type in _GATE_UP[base]: return _split_gate_up(m), ""
-    if base in _GATE_UP and base != "Wi": return [m._replace(note=f"the layout of {base} in model_type {type!r} is not known")], ""
-    if heads and _ATTENTION & set(words[-4:]) and base in _HEADS: return _split_heads(m, _HEADS[base], g), ""
+    if base in _QKV:
+        return _split_qkv(m, base, config, g, heads), ""
+    if base in _GATE_UP and m.shape[0] % 2 == 0 and type in _GATE_UP[base]:
+        return _split_gate_up(m), ""
+    if base in _GATE_UP and base != "Wi":
+        return [m._replace(note=f"the layout of {base} in model_type {type!r} is not known")], ""
+    if heads and _ATTENTION & set(words[-4:]) and base in _HEADS:
+        return _split_heads(m, _HEADS[base], g), ""
     return [m], ""
 
 # %% ../nbs/02a_checkpoint.ipynb #5c2a7cd1
@@ -380,44 +636,64 @@ def _stack_of(name, two):
     tower = _TOWER.search(name)
     return tower[1] if tower else s[1] if two and (s := _STACK.search(name)) else ""
 
-_NO_MAPS = ("bias", "A_log")     # A_log: Mamba's decay rates, of which the exponential is used
+
+_NO_MAPS = ("bias", "A_log")  # A_log: Mamba's decay rates, of which the exponential is used
+
 
 def _tell_kinds_apart(found):
     "Kinds that several tensors of one layer share get their way inside the layer in front: attn.c_proj and mlp.c_proj of GPT-2."
     tensors, plain = {}, lambda m: m.layer is not None and m.expert is None
     for m in found:
-        if plain(m): tensors.setdefault((m.stack, m.layer, m.kind), set()).add(m.tensor)
+        if plain(m):
+            tensors.setdefault((m.stack, m.layer, m.kind), set()).add(m.tensor)
     shared = {kind for (_, _, kind), names in tensors.items() if len(names) > 1}
     way = lambda m: re.sub(rf"^.*?\b{m.layer}\.", "", m.tensor.removesuffix(".weight"))
     return [m._replace(kind=way(m)) if plain(m) and m.kind in shared else m for m in found]
 
+
 @patch
-def _views(self:Checkpoint, heads=False):
+def _views(self: Checkpoint, heads=False):
     "All matrices, the fused tensors split; remembered."
-    if heads in self._listed: return self._listed[heads]
+    if heads in self._listed:
+        return self._listed[heads]
     found, unread, scales, two, configs = [], [], set(self.scales.values()), self._two_stacks, {}
     for name, e in self.entries.items():
-        if name in scales or e.dtype == torch.bool or len(e.shape) not in (2, 3) or min(e.shape) == 0 or name.endswith(_NO_MAPS): continue
+        if (
+            name in scales
+            or e.dtype == torch.bool
+            or len(e.shape) not in (2, 3)
+            or min(e.shape) == 0
+            or name.endswith(_NO_MAPS)
+        ):
+            continue
         m, stack = describe(name), _stack_of(name, two)
         if not e.dtype.is_floating_point:
-            if m.layer is not None: unread.append(name)
+            if m.layer is not None:
+                unread.append(name)
             continue
-        if stack not in configs: configs[stack] = (c := self._part_of_config(stack)), _geometry(c, stack)
+        if stack not in configs:
+            configs[stack] = (c := self._part_of_config(stack)), _geometry(c, stack)
         parts, why = self._of_tensor(m._replace(stack=stack), e.shape, two, heads, *configs[stack])
         found += parts
-        if why: unread.append(f"{name} ({why})")
+        if why:
+            unread.append(f"{name} ({why})")
     order = {s: i for i, s in enumerate(["", "encoder", "decoder"])}
-    if len({m.stack for m in found if m.layer is not None}) == 1: found = [m._replace(stack="") for m in found]
-    self._listed[heads] = sorted(_tell_kinds_apart(found), key=lambda m: (m.layer is None, order.get(m.stack, 3), m.stack, m.layer or 0)), unread
+    if len({m.stack for m in found if m.layer is not None}) == 1:
+        found = [m._replace(stack="") for m in found]
+    self._listed[heads] = (
+        sorted(_tell_kinds_apart(found), key=lambda m: (m.layer is None, order.get(m.stack, 3), m.stack, m.layer or 0)),
+        unread,
+    )
     return self._listed[heads]
 
 # %% ../nbs/02a_checkpoint.ipynb #eeef333f
 def layer_range(
-    spec,     # None (all), 'first 25%', 'last 2', 'middle 50%', '0-3', '5', '0, 2, 8-11', or a list of layer numbers
-    n,        # the number of layers
-) -> list:    # layer numbers, ascending
+    spec,  # None (all), 'first 25%', 'last 2', 'middle 50%', '0-3', '5', '0, 2, 8-11', or a list of layer numbers
+    n,  # the number of layers
+) -> list:  # layer numbers, ascending
     "The layers that `spec` means; a share is rounded, to at least one layer. `ValueError` when there is no such layer."
-    if spec is None: return list(range(n))
+    if spec is None:
+        return list(range(n))
     how = "expected for instance 'first 25%', 'last 2', 'middle 50%', '0-3' or '0, 2'"
     if isinstance(spec, str):
         if m := re.fullmatch(r"\s*(first|last|middle)\s+(\d+(?:\.\d+)?)\s*(%?)\s*", spec):
@@ -427,12 +703,16 @@ def layer_range(
             start = {"first": 0, "last": n - int(size), "middle": (n - int(size)) // 2}[m[1]]
             return list(range(start, start + int(size)))
         parts = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in spec.split(",")]
-        if not all(parts): raise ValueError(f"layers {spec!r} not understood: {how}")
+        if not all(parts):
+            raise ValueError(f"layers {spec!r} not understood: {how}")
         spec = [i for m in parts for i in range(int(m[1]), int(m[2] or m[1]) + 1)]
-    elif isinstance(spec, int): spec = [spec]
+    elif isinstance(spec, int):
+        spec = [spec]
     chosen = sorted({int(i) for i in spec})
-    if not chosen: raise ValueError(f"layers {spec!r} names no layer: {how}")
-    if not 0 <= chosen[0] <= chosen[-1] < n: raise ValueError(f"layers {chosen[0]}-{chosen[-1]}: the checkpoint has layers 0-{n - 1}")
+    if not chosen:
+        raise ValueError(f"layers {spec!r} names no layer: {how}")
+    if not 0 <= chosen[0] <= chosen[-1] < n:
+        raise ValueError(f"layers {chosen[0]}-{chosen[-1]}: the checkpoint has layers 0-{n - 1}")
     return chosen
 
 # %% ../nbs/02a_checkpoint.ipynb #c30c07ef
@@ -440,67 +720,94 @@ _WORDS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", 
 _OUTPUT = {"lm_head", "embed_out", "proj_out"}
 _EMBED = _WORDS | _OUTPUT
 
+
 def _stack_layers(spec, sizes):
     "Stack -> set of the layers that `spec` means in it."
     most = max(sizes.values(), default=0)
     asked = layer_range(spec, most)
-    if not (isinstance(spec, str) and re.match(r"\s*(first|last|middle)", spec)): return {s: set(asked) for s in sizes}
+    if not (isinstance(spec, str) and re.match(r"\s*(first|last|middle)", spec)):
+        return {s: set(asked) for s in sizes}
     found = {}
     for stack, n in sizes.items():
-        try: found[stack] = set(layer_range(spec, n))
-        except ValueError: found[stack] = set(range(n))      # more layers than this stack has: all of them
+        try:
+            found[stack] = set(layer_range(spec, n))
+        except ValueError:
+            found[stack] = set(range(n))  # more layers than this stack has: all of them
     return found
 
+
 @patch
-def matrices(self:Checkpoint,
-    kinds=None,    # kinds to keep, one name or several; None: all inside the layers. Embeddings and head only when named here
-    layers=None,   # see `layer_range`; None: all
-    heads=False,   # split q, k, v (rows) and o (columns) into heads
-) -> list:         # of `Matrix`, by stack and layer, then in the order of the file
+def matrices(
+    self: Checkpoint,
+    kinds=None,  # kinds to keep, one name or several; None: all inside the layers. Embeddings and head only when named here
+    layers=None,  # see `layer_range`; None: all
+    heads=False,  # split q, k, v (rows) and o (columns) into heads
+) -> list:  # of `Matrix`, by stack and layer, then in the order of the file
     "The 2-D floating-point weights; `CheckpointError` when nothing is left."
     kinds, (found, unread) = [kinds] if isinstance(kinds, str) else kinds, self._views(heads)
     named = lambda m: {m.kind, m.kind.split(".")[-1], describe(m.tensor).kind}
     missing = set(kinds or ()) - {k for m in found for k in named(m)}
     if missing:
-        raise CheckpointError(f"{self.path} has no matrix of kind {sorted(missing)[0]!r}: it has {', '.join(sorted({m.kind for m in found}))}")
+        raise CheckpointError(
+            f"{self.path} has no matrix of kind {sorted(missing)[0]!r}: it has {', '.join(sorted({m.kind for m in found}))}"
+        )
     sizes = {}
     for m in found:
-        if m.layer is not None: sizes[m.stack] = max(sizes.get(m.stack, 0), m.layer + 1)
+        if m.layer is not None:
+            sizes[m.stack] = max(sizes.get(m.stack, 0), m.layer + 1)
     keep = _stack_layers(layers, sizes or {"": self.n_layers}) if layers is not None else None
-    found = [m for m in found if (named(m) & set(kinds) if kinds else m.layer is not None) and (keep is None or m.layer in keep.get(m.stack, ()))]
-    if any(m.layer is None for m in found): found = self._once(found)
-    if not found: raise CheckpointError(f"{self.path} has no 2-D floating-point weight inside the layers that were asked for{self._about(unread)}")
+    found = [
+        m
+        for m in found
+        if (named(m) & set(kinds) if kinds else m.layer is not None)
+        and (keep is None or m.layer in keep.get(m.stack, ()))
+    ]
+    if any(m.layer is None for m in found):
+        found = self._once(found)
+    if not found:
+        raise CheckpointError(
+            f"{self.path} has no 2-D floating-point weight inside the layers that were asked for{self._about(unread)}"
+        )
     self._warn([f"{m.name} ({m.note})" for m in found if m.note], "fused or unusual tensors are given whole")
-    self._warn(unread, f"tensors inside the layers are left out, being packed or of unclear layout{self._about(unread)}")
+    self._warn(
+        unread, f"tensors inside the layers are left out, being packed or of unclear layout{self._about(unread)}"
+    )
     return found
 
+
 @patch
-def _about(self:Checkpoint, unread):
+def _about(self: Checkpoint, unread):
     method = (self.config.get("quantization_config") or {}).get("quant_method")
     return f" (its config says quant_method {method!r}: dequantise it first)" if unread and method else ""
 
+
 @patch
-def _warn(self:Checkpoint, names, what):
+def _warn(self: Checkpoint, names, what):
     "Says once per checkpoint what could not be done."
     if names and what not in self._warned:
         self._warned.add(what)
         warnings.warn(f"{self.label}: {len(names)} {what}, for instance {names[0]}", stacklevel=3)
 
+
 @patch
-def _once(self:Checkpoint, found):
+def _once(self: Checkpoint, found):
     "Tied embeddings once: of tables with the same bytes, the one that reads words."
-    if _first(self._part_of_config(""), "tie_word_embeddings") is False: return found
+    if _first(self._part_of_config(""), "tie_word_embeddings") is False:
+        return found
     words, kind = {}, lambda m: describe(m.tensor).kind
     for m in sorted(found, key=lambda m: kind(m) in _OUTPUT):
-        if kind(m) in _EMBED: words.setdefault(self.digest(m), m.name)
+        if kind(m) in _EMBED:
+            words.setdefault(self.digest(m), m.name)
     return [m for m in found if kind(m) not in _EMBED or words[self.digest(m)] == m.name]
 
+
 def with_base(
-    path,        # as `Checkpoint` takes it
-    base=None,   # of an adapter; others take no notice
+    path,  # as `Checkpoint` takes it
+    base=None,  # of an adapter; others take no notice
 ) -> Checkpoint:
     "A checkpoint as the command line names it: `base` is for those that are adapters."
     return Checkpoint(path, base=base if base and _is_adapter(locate(path)) else None)
+
 
 def as_checkpoint(x) -> Checkpoint:
     "A `Checkpoint`, from itself or from a path."
@@ -508,55 +815,80 @@ def as_checkpoint(x) -> Checkpoint:
 
 # %% ../nbs/02a_checkpoint.ipynb #04172e3a
 @patch
-def find(self:Checkpoint,
-    name,        # a `Matrix`, or its name, of a part or of a whole 2-D tensor
+def find(
+    self: Checkpoint,
+    name,  # a `Matrix`, or its name, of a part or of a whole 2-D tensor
 ) -> Matrix:
     "The matrix of that name; `CheckpointError` when there is none."
-    if isinstance(name, Matrix): return name if name.shape else self.find(name.name)
-    if "index" not in self._listed: self._listed["index"] = {m.name: m for m in self._views()[0]}
-    if name in self._listed["index"]: return self._listed["index"][name]
+    if isinstance(name, Matrix):
+        return name if name.shape else self.find(name.name)
+    if "index" not in self._listed:
+        self._listed["index"] = {m.name: m for m in self._views()[0]}
+    if name in self._listed["index"]:
+        return self._listed["index"][name]
     if "[head " in name:
-        if "heads" not in self._listed: self._listed["heads"] = {m.name: m for m in self._views(True)[0]}
-        if name in self._listed["heads"]: return self._listed["heads"][name]
+        if "heads" not in self._listed:
+            self._listed["heads"] = {m.name: m for m in self._views(True)[0]}
+        if name in self._listed["heads"]:
+            return self._listed["heads"][name]
     if name in self.entries and len(self.shape(name)) == 2:
         part = next((m for m in self._views()[0] if m.tensor == name), None)
         turned = bool(part and part.transposed)
-        return describe(name)._replace(stack=part.stack if part else "", shape=self.shape(name)[::-1] if turned else self.shape(name),
-            transposed=turned)
+        return describe(name)._replace(
+            stack=part.stack if part else "",
+            shape=self.shape(name)[::-1] if turned else self.shape(name),
+            transposed=turned,
+        )
     parts = [m.name for m in self._views()[0] if m.tensor == describe(name).tensor]
-    raise CheckpointError(f"{self.path} has no matrix {name!r}"
-        + (f": it has {', '.join(parts[:6])}{' ...' if len(parts) > 6 else ''}" if parts else ""))
+    raise CheckpointError(
+        f"{self.path} has no matrix {name!r}"
+        + (f": it has {', '.join(parts[:6])}{' ...' if len(parts) > 6 else ''}" if parts else "")
+    )
 
-def _slices(index): return tuple(i if isinstance(i, int) else slice(*i) for i in index)
+
+def _slices(index):
+    return tuple(i if isinstance(i, int) else slice(*i) for i in index)
+
 
 def _span(sizes, index):
     "The piece of a tensor that holds a view: (first element, one past the last, what is left of sizes and index inside the piece)."
     start, n, sizes, index = 0, prod(sizes), list(sizes), list(index)
-    while index and isinstance(index[0], int): n //= sizes.pop(0); start += index.pop(0) * n
+    while index and isinstance(index[0], int):
+        n //= sizes.pop(0)
+        start += index.pop(0) * n
     if index:
         (a, b), row = index[0], n // sizes[0]
         start, n, sizes[0], index[0] = start + a * row, (b - a) * row, b - a, (0, b - a)
     return start, start + n, tuple(sizes), tuple(index)
+
 
 def _select(t, m, sizes, index):
     "The 2-D (out, in) matrix of a tensor."
     t = t.reshape(sizes)[_slices(index)]
     return t.reshape(m.shape[::-1]).T if m.transposed else t.reshape(m.shape)
 
+
 @patch
-def matrix(self:Checkpoint,
-    m,            # a `Matrix` or a name
-    check=True,   # raise a `CheckpointError` on NaN or infinity
-) -> Tensor:      # (out, in), in the stored dtype; float32 where it was dequantised or an adapter lies over it (float64 if the base is float64)
+def matrix(
+    self: Checkpoint,
+    m,  # a `Matrix` or a name
+    check=True,  # raise a `CheckpointError` on NaN or infinity
+) -> Tensor:  # (out, in), in the stored dtype; float32 where it was dequantised or an adapter lies over it (float64 if the base is float64)
     "Reads one matrix."
     m = self.find(m)
     e, name = self.entry(m.tensor), m.tensor
     sizes, index = m.view or (e.shape, ())
-    if len(e.shape) == 3 and name not in self.overlay:                         # one expert of a stack
+    if len(e.shape) == 3 and name not in self.overlay:  # one expert of a stack
         n = prod(e.shape[1:])
-        t = self._scaled(name, _read(e, name, index[0] * n, (index[0] + 1) * n).reshape(e.shape[1:]), index[0]) if e.dtype in _FP8 else None
-        if t is not None: sizes, index = sizes[1:], index[1:]
-    else: t = self.tensor(name, check=False) if e.dtype in _FP8 or name in self.overlay else None
+        t = (
+            self._scaled(name, _read(e, name, index[0] * n, (index[0] + 1) * n).reshape(e.shape[1:]), index[0])
+            if e.dtype in _FP8
+            else None
+        )
+        if t is not None:
+            sizes, index = sizes[1:], index[1:]
+    else:
+        t = self.tensor(name, check=False) if e.dtype in _FP8 or name in self.overlay else None
     if t is None:
         start, stop, sizes, index = _span(sizes, index)
         t = _read(e, name, start, stop)
@@ -564,40 +896,59 @@ def matrix(self:Checkpoint,
     return _finite(W, m.name, e.file) if check else W
 
 # %% ../nbs/02a_checkpoint.ipynb #53103096
-_DIGESTS = {}   # file -> (its size and time of change, {piece: digest})
+_DIGESTS = {}  # file -> (its size and time of change, {piece: digest})
+
 
 def _remember(file, piece, make):
     "A digest of a piece of a file, made once as long as the file does not change."
     s = file.stat()
-    if _DIGESTS.setdefault(str(file.resolve()), ((s.st_size, s.st_mtime_ns), {}))[0] != (s.st_size, s.st_mtime_ns): _DIGESTS.pop(str(file.resolve()), None)
+    if _DIGESTS.setdefault(str(file.resolve()), ((s.st_size, s.st_mtime_ns), {}))[0] != (s.st_size, s.st_mtime_ns):
+        _DIGESTS.pop(str(file.resolve()), None)
     known = _DIGESTS.setdefault(str(file.resolve()), ((s.st_size, s.st_mtime_ns), {}))[1]
-    if piece not in known: known[piece] = make()
+    if piece not in known:
+        known[piece] = make()
     return known[piece]
+
 
 def _piece_digest(e, name, start=0, stop=None, chunk=2**24):
     "SHA-256 of a piece of a stored tensor, read in chunks."
     stop = prod(e.shape) if stop is None else stop
+
     def make():
         h = hashlib.sha256()
-        for i in range(start, stop, chunk): h.update(_read(e, name, i, min(i + chunk, stop)).view(torch.uint8).numpy())
+        for i in range(start, stop, chunk):
+            h.update(_read(e, name, i, min(i + chunk, stop)).view(torch.uint8).numpy())
         return h.hexdigest()
+
     return _remember(e.file, (e.start, str(e.dtype), start, stop), make)
 
-@patch
-def _about_tensor(self:Checkpoint, name):
-    "What belongs to a stored tensor's meaning besides its bytes."
-    found = []
-    if name in self.scales: s = self.scales[name]; found += [self.entry(s).shape, str(self.entry(s).dtype), _piece_digest(self.entry(s), s),
-        _blocks(self.config)]
-    if name in self.overlay:
-        o = self.overlay[name]
-        found += [_piece_digest(o.A, name), o.A.shape, str(o.A.dtype), _piece_digest(o.B, name), str(o.B.dtype), o.scale, o.transposed]
-    return found
 
 @patch
-def digest(self:Checkpoint,
-    m=None,   # a `Matrix` or a name; None: all tensors of the checkpoint, in whatever files they lie
-) -> str:     # 64 hexadecimal digits
+def _about_tensor(self: Checkpoint, name):
+    "What belongs to a stored tensor's meaning besides its bytes."
+    found = []
+    if name in self.scales:
+        s = self.scales[name]
+        found += [self.entry(s).shape, str(self.entry(s).dtype), _piece_digest(self.entry(s), s), _blocks(self.config)]
+    if name in self.overlay:
+        o = self.overlay[name]
+        found += [
+            _piece_digest(o.A, name),
+            o.A.shape,
+            str(o.A.dtype),
+            _piece_digest(o.B, name),
+            str(o.B.dtype),
+            o.scale,
+            o.transposed,
+        ]
+    return found
+
+
+@patch
+def digest(
+    self: Checkpoint,
+    m=None,  # a `Matrix` or a name; None: all tensors of the checkpoint, in whatever files they lie
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of what determines a matrix, or all tensors: bytes, dtype, shape, scales, adapter; remembered until the file changes."
     h = hashlib.sha256()
     if m is None:
@@ -609,10 +960,17 @@ def digest(self:Checkpoint,
     e, about = self.entry(m.tensor), self._about_tensor(m.tensor)
     start, stop, sizes, index = _span(*(m.view or (e.shape, ())))
     whole = all(i == (0, n) for i, n in zip(index, sizes))
-    if whole or about: piece = _piece_digest(e, m.tensor, start, stop)
+    if whole or about:
+        piece = _piece_digest(e, m.tensor, start, stop)
     else:
-        make = lambda: hashlib.sha256(_read(e, m.tensor, start,
-            stop).reshape(sizes)[_slices(index)].contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+        make = lambda: hashlib.sha256(
+            _read(e, m.tensor, start, stop)
+            .reshape(sizes)[_slices(index)]
+            .contiguous()
+            .view(-1)
+            .view(torch.uint8)
+            .numpy()
+        ).hexdigest()
         piece = _remember(e.file, (e.start, str(e.dtype), m.view), make)
     h.update(repr((str(e.dtype), m.shape, m.transposed, piece, about, m.view if about else None)).encode())
     return h.hexdigest()
@@ -620,37 +978,64 @@ def digest(self:Checkpoint,
 # %% ../nbs/02a_checkpoint.ipynb #85976070
 class LowRank(NamedTuple):
     "What an adapter adds to a tensor: scale · B A, or its transpose."
-    A: Entry          # (r, in)
-    B: Entry          # (out, r)
-    scale: float      # alpha / r, or alpha / sqrt(r)
+
+    A: Entry  # (r, in)
+    B: Entry  # (out, r)
+    scale: float  # alpha / r, or alpha / sqrt(r)
     transposed: bool  # the tensor is stored as (in, out)
+
 
 def _lay_over(t, o, name, rows=1024):
     "A tensor with an adapter's product added, float32 (float64 if it is float64), a few rows at a time."
-    A, B = (_finite(_read(e, name), f"the adapter's part of {name}", e.file).reshape(e.shape).double() for e in (o.A, o.B))
+    A, B = (
+        _finite(_read(e, name), f"the adapter's part of {name}", e.file).reshape(e.shape).double() for e in (o.A, o.B)
+    )
     left, right = (A.T, B.T) if o.transposed else (B, A)
     t = t if t.dtype == torch.float64 else t.float()
-    for i in range(0, len(t), rows): t[i:i + rows] = (t[i:i + rows].double() + o.scale * (left[i:i + rows] @ right)).to(t.dtype)
+    for i in range(0, len(t), rows):
+        t[i : i + rows] = (t[i : i + rows].double() + o.scale * (left[i : i + rows] @ right)).to(t.dtype)
     return t
 
-_NOT_LORA = ("use_dora", "use_qalora", "lora_bias", "target_parameters", "layer_replication", "trainable_token_indices", "alora_invocation_tokens",
-             "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config", "megatron_config")
+
+_NOT_LORA = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+)
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
+
 
 def _adapter_config(path):
     "The config of a LoRA adapter, checked."
     c = _read_json(path)
     if not isinstance(c, dict) or c.get("peft_type") != "LORA":
         kind = c.get("peft_type") if isinstance(c, dict) else None
-        raise CheckpointError(f"{path} has peft_type {kind!r}: of adapters only LORA can be read; merge it first (peft: model.merge_and_unload())")
+        raise CheckpointError(
+            f"{path} has peft_type {kind!r}: of adapters only LORA can be read; merge it first (peft: model.merge_and_unload())"
+        )
     strange = [k for k in _NOT_LORA if c.get(k)]
     if strange:
-        raise CheckpointError(f"{path} sets {', '.join(strange)}, which is more than W + scale·B·A: merge it first (peft: model.merge_and_unload())")
+        raise CheckpointError(
+            f"{path} sets {', '.join(strange)}, which is more than W + scale·B·A: merge it first (peft: model.merge_and_unload())"
+        )
     init = c.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
-        raise CheckpointError(f"{path} has init_lora_weights {init!r}, which changes the base as well: "
-                              "save it as plain LoRA (peft: path_initial_model_for_weight_conversion)")
+        raise CheckpointError(
+            f"{path} has init_lora_weights {init!r}, which changes the base as well: "
+            "save it as plain LoRA (peft: path_initial_model_for_weight_conversion)"
+        )
     return c
+
 
 def _pattern(patterns, module, default):
     "A module's entry in `rank_pattern` or `alpha_pattern`, matched as peft does: a pattern fits the end of a name, the first one wins."
@@ -659,211 +1044,328 @@ def _pattern(patterns, module, default):
 # %% ../nbs/02a_checkpoint.ipynb #f22a2532
 _OUTER = {"model", "language_model", "transformer", "base_model"}
 
+
 def _same_name(name, entries, loose):
     "The stored tensor that a running model's `name` means: the same name, or the only one that differs in outer wrappers."
-    if name in entries: return name
+    if name in entries:
+        return name
     if not loose:
-        for n in entries: loose.setdefault(tuple(w for w in n.split(".") if w not in _OUTER), []).append(n)
+        for n in entries:
+            loose.setdefault(tuple(w for w in n.split(".") if w not in _OUTER), []).append(n)
     found = loose.get(tuple(w for w in name.split(".") if w not in _OUTER), [])
     return found[0] if len(found) == 1 else None
 
+
 @patch
-def _open_adapter(self:Checkpoint, base):
+def _open_adapter(self: Checkpoint, base):
     "Reads this folder as its base with a LoRA adapter laid over it."
     at, file = self.path / "adapter_config.json", self.path / "adapter_model.safetensors"
     c = _adapter_config(at)
     if not file.is_file():
-        raise CheckpointError(f"{self.path} is an adapter without adapter_model.safetensors: "
-                              "save it again with safe_serialization=True (pickles are not read)")
+        raise CheckpointError(
+            f"{self.path} is an adapter without adapter_model.safetensors: "
+            "save it again with safe_serialization=True (pickles are not read)"
+        )
     if base is None:
         base = base_of(self.path, c)
-        if base is None: raise CheckpointError(f"{at} does not name its base: give it, --base on the command line or Checkpoint({str(self.path)!r}, base=...)")
-    try: self.base = as_checkpoint(base)
+        if base is None:
+            raise CheckpointError(
+                f"{at} does not name its base: give it, --base on the command line or Checkpoint({str(self.path)!r}, base=...)"
+            )
+    try:
+        self.base = as_checkpoint(base)
     except CheckpointError as e:
-        raise CheckpointError(f"{self.path} is an adapter, and its base cannot be opened ({e}): "
-                              f"give it, --base on the command line or Checkpoint({str(self.path)!r}, base=...)") from e
+        raise CheckpointError(
+            f"{self.path} is an adapter, and its base cannot be opened ({e}): "
+            f"give it, --base on the command line or Checkpoint({str(self.path)!r}, base=...)"
+        ) from e
     self.config, self.entries, self.overlay = dict(self.base.config), dict(self.base.entries), dict(self.base.overlay)
-    if self.overlay: raise CheckpointError(f"{self.base.path} is an adapter itself: merge it first, or give the whole model as base")
+    if self.overlay:
+        raise CheckpointError(f"{self.base.path} is an adapter itself: merge it first, or give the whole model as base")
     stored, parts, loose, whole = read_header(file), {}, {}, {}
     for key, e in stored.items():
         name = key.removeprefix("base_model.model.")
-        if m := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name): parts.setdefault((m[1], bool(m[2])), {})[m[3]] = e
-        else: whole[re.sub(r"\.(?:base_layer|modules_to_save)\.(weight|bias)$", r".\1", name)] = key, e
+        if m := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name):
+            parts.setdefault((m[1], bool(m[2])), {})[m[3]] = e
+        else:
+            whole[re.sub(r"\.(?:base_layer|modules_to_save)\.(weight|bias)$", r".\1", name)] = key, e
     self._replace(c, whole, loose, file)
     for (module, embedding), ab in parts.items():
         name = self._place(f"{module}.weight", c, loose, file)
-        if set(ab) != {"A", "B"}: raise CheckpointError(f"{file}: {module} has only one of lora_A and lora_B: save the adapter again")
+        if set(ab) != {"A", "B"}:
+            raise CheckpointError(f"{file}: {module} has only one of lora_A and lora_B: save the adapter again")
         r = _pattern(c.get("rank_pattern"), module, c.get("r", 8))
-        scale = _pattern(c.get("alpha_pattern"), module, c.get("lora_alpha", 8)) / (r ** 0.5 if c.get("use_rslora") else r)
-        shape, family = self.entries[name].shape, self._part_of_config("").get("model_type") in _CONV1D and describe(name).layer is not None
-        fits = lambda turned: (ab["A"].shape, ab["B"].shape) == ((r, shape[0]), (shape[-1], r)) if turned else (ab["A"].shape,
-            ab["B"].shape) == ((r, shape[-1]), (shape[0], r))
-        turned = embedding or (family if fits(family) else bool(c.get("fan_in_fan_out")))   # peft, too, corrects the flag by the layer it finds
+        scale = _pattern(c.get("alpha_pattern"), module, c.get("lora_alpha", 8)) / (
+            r**0.5 if c.get("use_rslora") else r
+        )
+        shape, family = (
+            self.entries[name].shape,
+            self._part_of_config("").get("model_type") in _CONV1D and describe(name).layer is not None,
+        )
+        fits = lambda turned: (
+            (ab["A"].shape, ab["B"].shape) == ((r, shape[0]), (shape[-1], r))
+            if turned
+            else (ab["A"].shape, ab["B"].shape) == ((r, shape[-1]), (shape[0], r))
+        )
+        turned = embedding or (
+            family if fits(family) else bool(c.get("fan_in_fan_out"))
+        )  # peft, too, corrects the flag by the layer it finds
         if len(shape) != 2 or not fits(turned):
-            raise CheckpointError(f"{file}: {module} has A {ab['A'].shape} and B {ab['B'].shape}, which with rank {r} do not make "
-                                  f"a {shape} matrix: is this its base?")
+            raise CheckpointError(
+                f"{file}: {module} has A {ab['A'].shape} and B {ab['B'].shape}, which with rank {r} do not make "
+                f"a {shape} matrix: is this its base?"
+            )
         self.overlay[name] = LowRank(ab["A"], ab["B"], scale, turned)
     self._untie(c)
 
 # %% ../nbs/02a_checkpoint.ipynb #c8e8dec8
 @patch
-def _place(self:Checkpoint, name, c, loose, file):
+def _place(self: Checkpoint, name, c, loose, file):
     "The tensor that an adapter's `name` means, added where the base keeps its output head tied."
     found = _same_name(name, self.entries, loose)
-    if found: return found
+    if found:
+        return found
     word = self._word_table()
     if name.split(".")[-2] in _EMBED and word and _first(self._part_of_config(""), "tie_word_embeddings") is not False:
         self.entries[name] = self.base.entries[word]
         return name
     raise CheckpointError(f"{file} changes {name}, which {self.base.path} does not hold: is this its base?")
 
+
 @patch
-def _word_table(self:Checkpoint):
+def _word_table(self: Checkpoint):
     "The name of the only word table of a decoder-only base, or None."
     found = [n for n in self.base.entries if n.endswith(".weight") and n.split(".")[-2] in _WORDS]
     return found[0] if len(found) == 1 and not self.base._two_stacks else None
 
+
 @patch
-def _replace(self:Checkpoint, c, whole, loose, file):
+def _replace(self: Checkpoint, c, whole, loose, file):
     "Puts the tensors that an adapter saves whole in the place of the base's: `modules_to_save`, resized embeddings, biases."
     saved = c.get("modules_to_save") or []
     for name, (key, e) in whole.items():
         module, _, end = name.rpartition(".")
-        known = any(module == s or module.endswith(f".{s}") or f".{s}." in f".{module}." for s in saved) or module.split(".")[-1] in _EMBED
+        known = (
+            any(module == s or module.endswith(f".{s}") or f".{s}." in f".{module}." for s in saved)
+            or module.split(".")[-1] in _EMBED
+        )
         if not known and not (end == "bias" and c.get("bias", "none") != "none"):
-            raise CheckpointError(f"{file} holds {key}, which is no part of a LoRA adapter that can be read here: "
-                                  "merge it first (peft: model.merge_and_unload())")
+            raise CheckpointError(
+                f"{file} holds {key}, which is no part of a LoRA adapter that can be read here: "
+                "merge it first (peft: model.merge_and_unload())"
+            )
         at = self._place(name, c, loose, file)
-        if e.shape[1:] != self.entries[at].shape[1:] or e.shape != self.entries[at].shape and module.split(".")[-1] not in _EMBED:
-            raise CheckpointError(f"{file}: {name} has shape {e.shape}, in {self.base.path} it is {self.entries[at].shape}: is this its base?")
+        if (
+            e.shape[1:] != self.entries[at].shape[1:]
+            or e.shape != self.entries[at].shape
+            and module.split(".")[-1] not in _EMBED
+        ):
+            raise CheckpointError(
+                f"{file}: {name} has shape {e.shape}, in {self.base.path} it is {self.entries[at].shape}: is this its base?"
+            )
         self.entries[at] = e
 
+
 @patch
-def _untie(self:Checkpoint, c):
+def _untie(self: Checkpoint, c):
     "Two matrices instead of a tied one, where an adapter changed only one of its two uses; and the vocabulary's new size."
     word, changes = self._word_table(), {}
-    if not word: return
+    if not word:
+        return
     changed = lambda n: n in self.overlay or self.entries[n] != self.base.entries[word]
     head = next((n for n in self.entries if n not in self.base.entries), None)
-    tied = _first(self._part_of_config(""), "tie_word_embeddings") is not False and not any(n.split(".")[-2:-1] in [[o] for o in _OUTPUT]
-        for n in self.base.entries)
+    tied = _first(self._part_of_config(""), "tie_word_embeddings") is not False and not any(
+        n.split(".")[-2:-1] in [[o] for o in _OUTPUT] for n in self.base.entries
+    )
     if tied and (head or changed(word)):
-        same = head and not {head, word} & set(self.overlay) and _piece_digest(self.entries[head], head) == _piece_digest(self.entries[word], word)
-        if same or c.get("ensure_weight_tying"): self.entries.pop(head, None); self.overlay.pop(head, None)
-        else: self.entries.setdefault(head or "lm_head.weight", self.base.entries[word]); changes["tie_word_embeddings"] = False
-    if self.entries[word].shape != self.base.entries[word].shape: changes["vocab_size"] = self.entries[word].shape[0]
+        same = (
+            head
+            and not {head, word} & set(self.overlay)
+            and _piece_digest(self.entries[head], head) == _piece_digest(self.entries[word], word)
+        )
+        if same or c.get("ensure_weight_tying"):
+            self.entries.pop(head, None)
+            self.overlay.pop(head, None)
+        else:
+            self.entries.setdefault(head or "lm_head.weight", self.base.entries[word])
+            changes["tie_word_embeddings"] = False
+    if self.entries[word].shape != self.base.entries[word].shape:
+        changes["vocab_size"] = self.entries[word].shape[0]
     inner = self.config.get("text_config")
     self.config |= changes
-    if isinstance(inner, dict): self.config["text_config"] = inner | {k: v for k, v in changes.items() if k in inner}
+    if isinstance(inner, dict):
+        self.config["text_config"] = inner | {k: v for k, v in changes.items() if k in inner}
 
 # %% ../nbs/02a_checkpoint.ipynb #be0834d6
-_KEEP = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+_KEEP = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
     "*.tiktoken",
-         "chat_template*", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json")
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors.index.json",
+)
 
-def _safe_files(folder): return {f.name: f for p in _KEEP for f in folder.glob(p) if f.is_file()
-    and f.suffix not in (".py", ".bin", ".pt", ".pkl", ".pickle")}
 
-def _raw(t): return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+def _safe_files(folder):
+    return {
+        f.name: f
+        for p in _KEEP
+        for f in folder.glob(p)
+        if f.is_file() and f.suffix not in (".py", ".bin", ".pt", ".pkl", ".pickle")
+    }
+
+
+def _raw(t):
+    return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
 
 @patch
-def _in_store(self:Checkpoint, m, W):
+def _in_store(self: Checkpoint, m, W):
     "`W` in the dtype of the stored tensor, fp8 divided by its scale; `CheckpointError` when it does not fit."
     m = self.find(m)
-    if tuple(W.shape) != tuple(m.shape): raise CheckpointError(f"{m.name} has shape {m.shape}, not {tuple(W.shape)}")
-    if not torch.isfinite(W).all(): raise CheckpointError(f"{m.name}: what is to be stored holds NaN or infinite values")
+    if tuple(W.shape) != tuple(m.shape):
+        raise CheckpointError(f"{m.name} has shape {m.shape}, not {tuple(W.shape)}")
+    if not torch.isfinite(W).all():
+        raise CheckpointError(f"{m.name}: what is to be stored holds NaN or infinite values")
     dtype, s = self.dtype(m.tensor), self._scale_of(m)
     Q = W.detach().cpu() if s is None else W.detach().cpu().double() / s.double()
     if dtype in _FP8:
         top = torch.finfo(dtype).max
-        fits = Q.abs().max() <= top + 2.0 ** math.floor(math.log2(top)) * torch.finfo(dtype).eps / 2 if Q.numel() else True
+        fits = (
+            Q.abs().max() <= top + 2.0 ** math.floor(math.log2(top)) * torch.finfo(dtype).eps / 2 if Q.numel() else True
+        )
     stored = Q.to(dtype)
-    if dtype not in _FP8: fits = torch.isfinite(stored).all()
-    if not fits: raise CheckpointError(f"{m.name}: the new values overflow {dtype}" + (" under its scale" if s is not None else "")
-        + "; use a smaller edit")
+    if dtype not in _FP8:
+        fits = torch.isfinite(stored).all()
+    if not fits:
+        raise CheckpointError(
+            f"{m.name}: the new values overflow {dtype}"
+            + (" under its scale" if s is not None else "")
+            + "; use a smaller edit"
+        )
     return stored, s
 
+
 @patch
-def _scale_of(self:Checkpoint, m):
+def _scale_of(self: Checkpoint, m):
     "The scale of an fp8 matrix, broadcast to its shape and taken by its view; None without one."
-    if self.dtype(m.tensor) not in _FP8 or m.tensor not in self.scales: return None
+    if self.dtype(m.tensor) not in _FP8 or m.tensor not in self.scales:
+        return None
     shape = self.shape(m.tensor)
     (sizes, index), stacked = m.view or (shape, ()), len(shape) == 3
     s = self._scale(m.tensor, index[0] if stacked else None).broadcast_to(shape[1:] if stacked else shape)
     return _select(s, m, *((sizes[1:], index[1:]) if stacked else (sizes, index)))
 
+
 @patch
-def as_stored(self:Checkpoint,
-    m,     # a `Matrix` or a name
-    W,     # (out, in), any float dtype, finite
+def as_stored(
+    self: Checkpoint,
+    m,  # a `Matrix` or a name
+    W,  # (out, in), any float dtype, finite
 ) -> Tensor:
     "`W` as it is read back once it is stored here (for an adapter, in its base's dtype), rounded; `CheckpointError` when it overflows."
     m = self.find(m)
-    if self.base and m.tensor in self.base.entries and self.base.shape(m.tensor) == self.shape(m.tensor): return self.base.as_stored(m, W)
+    if self.base and m.tensor in self.base.entries and self.base.shape(m.tensor) == self.shape(m.tensor):
+        return self.base.as_stored(m, W)
     stored, s = self._in_store(m, W)
     return stored if stored.dtype not in _FP8 else stored.float() if s is None else stored.float() * s
 
 # %% ../nbs/02a_checkpoint.ipynb #36bbf638
 @patch
-def _goal(self:Checkpoint, folder, name):
+def _goal(self: Checkpoint, folder, name):
     "The checkpoint in `folder`; remembered from one write to the next, as long as the tensor lies where it did."
     kept = self._copy
-    if not (kept and kept.path == folder and (e := kept.entries.get(name)) and e.file.is_file()
-        and read_header(e.file).get(name) == e): self._copy = Checkpoint(folder)
+    if not (
+        kept
+        and kept.path == folder
+        and (e := kept.entries.get(name))
+        and e.file.is_file()
+        and read_header(e.file).get(name) == e
+    ):
+        self._copy = Checkpoint(folder)
     return self._copy
 
+
 @patch
-def write(self:Checkpoint,
-    folder,   # a copy of this checkpoint, made by `copy_to`
-    m,        # a `Matrix` or a name
-    W,        # (out, in), any float dtype, finite
+def write(
+    self: Checkpoint,
+    folder,  # a copy of this checkpoint, made by `copy_to`
+    m,  # a `Matrix` or a name
+    W,  # (out, in), any float dtype, finite
 ):
     "Puts a matrix into its place in a copy, rounded to the stored dtype; everything else keeps its bytes. `CheckpointError` when it overflows."
     m = self.find(m)
     goal = self._goal(Path(folder), m.tensor)
     e, own = goal.entry(m.tensor), {e.file for c in (self, self.base) if c for e in c.entries.values()}
-    if any(e.file.samefile(f) for f in own): raise CheckpointError(f"{e.file} belongs to {self.path} itself: write into a copy, made by copy_to")
+    if any(e.file.samefile(f) for f in own):
+        raise CheckpointError(f"{e.file} belongs to {self.path} itself: write into a copy, made by copy_to")
     if e.shape != self.shape(m.tensor):
-        raise CheckpointError(f"{m.tensor} is {e.shape} in {folder}, {self.shape(m.tensor)} in {self.path}: write into a copy of it")
+        raise CheckpointError(
+            f"{m.tensor} is {e.shape} in {folder}, {self.shape(m.tensor)} in {self.path}: write into a copy of it"
+        )
     stored, _ = goal._in_store(m, W)
     start, stop, sizes, index = _span(*(m.view or (e.shape, ())))
     piece = _read(e, m.tensor, start, stop)
     part = piece.reshape(sizes)[_slices(index)]
     part.copy_((stored.T if m.transposed else stored).reshape(part.shape))
-    with open(e.file, "r+b") as f: f.seek(e.start + start * e.dtype.itemsize); f.write(_raw(piece))
+    with open(e.file, "r+b") as f:
+        f.seek(e.start + start * e.dtype.itemsize)
+        f.write(_raw(piece))
     _DIGESTS.pop(str(e.file.resolve()), None)
+
 
 def _rewrite(file, new):
     "Writes a safetensors file again with tensors exchanged or added, the others byte for byte."
     old, codes = read_header(file), {v: k for k, v in DTYPES.items()}
-    with open(file, "rb") as f: meta = json.loads(f.read(struct.unpack("<Q", f.read(8))[0])).get("__metadata__", {"format": "pt"})
+    with open(file, "rb") as f:
+        meta = json.loads(f.read(struct.unpack("<Q", f.read(8))[0])).get("__metadata__", {"format": "pt"})
     header, at = {"__metadata__": meta}, 0
     for n in {**old, **new}:
         dtype, shape = (new[n].dtype, new[n].shape) if n in new else (old[n].dtype, old[n].shape)
         size = prod(shape) * dtype.itemsize
         header[n], at = dict(dtype=codes[dtype], shape=list(shape), data_offsets=[at, at + size]), at + size
-    text = json.dumps(header).encode(); text += b" " * (-len(text) % 8)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     with atomic(file) as part, open(part, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for n in {**old, **new}: f.write(_raw(new[n] if n in new else _read(old[n], n)))
+        for n in {**old, **new}:
+            f.write(_raw(new[n] if n in new else _read(old[n], n)))
 
 # %% ../nbs/02a_checkpoint.ipynb #06cfc56c
 @patch
-def copy_to(self:Checkpoint,
-    folder,    # made; a `CheckpointError` when it exists and is not empty
+def copy_to(
+    self: Checkpoint,
+    folder,  # made; a `CheckpointError` when it exists and is not empty
 ) -> Path:
     "Copies weights, config, tokenizer and chat template, and nothing else; an adapter is merged into the copy, rounded to its base's dtype."
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise CheckpointError(f"{folder} exists and is not empty: give a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty: give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         source = self.base or self
         files = {e.file.name: e.file for e in source.entries.values()} | _safe_files(source.path)
-        if self.base: files |= {n: f for n, f in _safe_files(self.path).items() if n not in ("config.json", "model.safetensors.index.json")}
-        if "model.safetensors" in files: files.pop("model.safetensors.index.json", None)
-        for name, f in files.items(): shutil.copyfile(f, part / name)
-        if self.base: self._merge_into(part)
+        if self.base:
+            files |= {
+                n: f
+                for n, f in _safe_files(self.path).items()
+                if n not in ("config.json", "model.safetensors.index.json")
+            }
+        if "model.safetensors" in files:
+            files.pop("model.safetensors.index.json", None)
+        for name, f in files.items():
+            shutil.copyfile(f, part / name)
+        if self.base:
+            self._merge_into(part)
         part.chmod(0o777 & ~_umask())
         os.replace(part, folder)
     except BaseException:
@@ -871,82 +1373,136 @@ def copy_to(self:Checkpoint,
         raise
     return folder
 
-def _umask(): old = os.umask(0); os.umask(old); return old
+
+def _umask():
+    old = os.umask(0)
+    os.umask(old)
+    return old
+
 
 @patch
-def _merge_into(self:Checkpoint, folder):
+def _merge_into(self: Checkpoint, folder):
     "Merges the adapter into a copy of its base."
     goal, added, word = Checkpoint(folder), {}, self._word_table()
     for n, e in self.entries.items():
         at = goal.entries.get(n)
-        if at is None or at.shape != e.shape: added[n] = self.tensor(n).to((at or goal.entries[word]).dtype)
+        if at is None or at.shape != e.shape:
+            added[n] = self.tensor(n).to((at or goal.entries[word]).dtype)
         elif n in self.overlay or e != self.base.entries[n]:
             self._put(goal, n)
     if added:
         home = {n: goal.entries[n if n in goal.entries else word].file for n in added}
-        for file in set(home.values()): _rewrite(file, {n: t for n, t in added.items() if home[n] == file})
+        for file in set(home.values()):
+            _rewrite(file, {n: t for n, t in added.items() if home[n] == file})
         if (index := folder / "model.safetensors.index.json").is_file():
             found = _read_json(index)
             found["weight_map"] |= {n: f.name for n, f in home.items()}
             index.write_text(json.dumps(found, indent=2))
-    if self.config != self.base.config: (folder / "config.json").write_text(json.dumps(self.config, indent=2))
+    if self.config != self.base.config:
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2))
+
 
 @patch
-def _put(self:Checkpoint, goal, name):
+def _put(self: Checkpoint, goal, name):
     "Writes one tensor of this checkpoint into a copy, in the copy's dtype."
     e, t = goal.entry(name), self.tensor(name)
     stored = goal._in_store(describe(name)._replace(shape=e.shape), t)[0] if len(e.shape) == 2 else t.to(e.dtype)
-    if not torch.isfinite(stored.float()).all(): raise CheckpointError(f"{name}: the merged values overflow {e.dtype}")
-    with open(e.file, "r+b") as f: f.seek(e.start); f.write(_raw(stored))
+    if not torch.isfinite(stored.float()).all():
+        raise CheckpointError(f"{name}: the merged values overflow {e.dtype}")
+    with open(e.file, "r+b") as f:
+        f.seek(e.start)
+        f.write(_raw(stored))
 
 # %% ../nbs/02a_checkpoint.ipynb #df0203a9
-_BOOKKEEPING = re.compile(r"(^|\.)(_.*|transformers_version|dtype|torch_dtype|architectures|auto_map|use_cache|.*token_id|.*dropout.*|.*drop|.*pdrop|"
-                          r"id2label|label2id|problem_type|output_.*|return_.*|initializer.*|init_.*|task_specific_params|chunk_size_feed_forward|"
-                          r"gradient_checkpointing|pretraining_tp|name_or_path)$")
+_BOOKKEEPING = re.compile(
+    r"(^|\.)(_.*|transformers_version|dtype|torch_dtype|architectures|auto_map|use_cache|.*token_id|.*dropout.*|.*drop|.*pdrop|"
+    r"id2label|label2id|problem_type|output_.*|return_.*|initializer.*|init_.*|task_specific_params|chunk_size_feed_forward|"
+    r"gradient_checkpointing|pretraining_tp|name_or_path)$"
+)
+
 
 def _meaning(config, at=""):
     "The entries of a config that change what weights mean, flat; rotary settings under one name, whichever transformers version wrote them."
     found = {}
     for k, v in config.items():
-        if _BOOKKEEPING.search(at + k) or k in ("rope_theta", "rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim"): continue
+        if _BOOKKEEPING.search(at + k) or k in (
+            "rope_theta",
+            "rope_scaling",
+            "rope_parameters",
+            "num_key_value_heads",
+            "head_dim",
+        ):
+            continue
         found |= _meaning(v, f"{at}{k}.") if isinstance(v, dict) and k.endswith("_config") else {at + k: v}
     g, rope = _geometry(config), config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if g: found |= {f"{at}num_key_value_heads": g.kv, f"{at}head_dim": g.dim}
+    if g:
+        found |= {f"{at}num_key_value_heads": g.kv, f"{at}head_dim": g.dim}
     if isinstance(rope, dict):
-        found |= {f"{at}rope_theta": config.get("rope_theta", rope.get("rope_theta"))} if "rope_theta" in {**config, **rope} else {}
+        found |= (
+            {f"{at}rope_theta": config.get("rope_theta", rope.get("rope_theta"))}
+            if "rope_theta" in {**config, **rope}
+            else {}
+        )
         rope = {("rope_type" if k == "type" else k): v for k, v in rope.items() if k != "rope_theta"}
         found[f"{at}rope_scaling"] = {k: v for k, v in rope.items() if (k, v) != ("rope_type", "default")}
     return found
 
+
 def preflight(
-    base,        # `Checkpoint` or path
-    other,       # `Checkpoint` or path
+    base,  # `Checkpoint` or path
+    other,  # `Checkpoint` or path
     kinds=None,  # the kinds to be compared, see `Checkpoint.matrices`: embeddings of unequal size are an error only when named
-) -> list:       # differences that do not forbid a comparison (config, dtypes, vocabulary, tied head), as text
+) -> list:  # differences that do not forbid a comparison (config, dtypes, vocabulary, tied head), as text
     "Checks that two checkpoints have the same tensors in the same shapes; a `CheckpointError` lists every mismatch."
     base, other = as_checkpoint(base), as_checkpoint(other)
-    a, b = ({n: e for n, e in c.entries.items() if n not in set(c.scales.values()) and not n.endswith((".input_scale", ".activation_scale"))}
-        for c in (base, other))
+    a, b = (
+        {
+            n: e
+            for n, e in c.entries.items()
+            if n not in set(c.scales.values()) and not n.endswith((".input_scale", ".activation_scale"))
+        }
+        for c in (base, other)
+    )
     kinds, wrong, notes = {kinds} if isinstance(kinds, str) else set(kinds or ()), [], []
     word = lambda n: n.split(".")[-2] if n.endswith(".weight") and n.split(".")[-2] in _EMBED else None
     for one, two, x, y in ((a, b, base, other), (b, a, other, base)):
-        tied = _first(y._part_of_config(""), "tie_word_embeddings") is not False and _first(x._part_of_config(""), "tie_word_embeddings") is not False
+        tied = (
+            _first(y._part_of_config(""), "tie_word_embeddings") is not False
+            and _first(x._part_of_config(""), "tie_word_embeddings") is not False
+        )
         for n in one:
-            if n in two: continue
-            if word(n) and tied and any(word(k) and two[k].shape[1:] == one[n].shape[1:]
-                for k in two): notes.append(f"{n}: tied to the embeddings in {y.label}, stored in {x.label}")
-            else: wrong.append(f"{n}: only in {x.label}")
+            if n in two:
+                continue
+            if word(n) and tied and any(word(k) and two[k].shape[1:] == one[n].shape[1:] for k in two):
+                notes.append(f"{n}: tied to the embeddings in {y.label}, stored in {x.label}")
+            else:
+                wrong.append(f"{n}: only in {x.label}")
     for n in a:
-        if n not in b or a[n].shape == b[n].shape: continue
+        if n not in b or a[n].shape == b[n].shape:
+            continue
         text = f"{n}: {a[n].shape} in {base.label}, {b[n].shape} in {other.label}"
-        if word(n) and a[n].shape[1:] == b[n].shape[1:] and word(n) not in kinds: notes.append(text
-            + ": the vocabulary was resized, so this one cannot be compared")
-        else: wrong.append(text)
+        if word(n) and a[n].shape[1:] == b[n].shape[1:] and word(n) not in kinds:
+            notes.append(text + ": the vocabulary was resized, so this one cannot be compared")
+        else:
+            wrong.append(text)
     c, d = _meaning(base.config), _meaning(other.config)
-    inside = [f"{k}: {c.get(k)} in {base.label}, {d.get(k)} in {other.label}" for k in c | d if c.get(k) != d.get(k)
-        and (k in c and k in d or k == "model_type")]
+    inside = [
+        f"{k}: {c.get(k)} in {base.label}, {d.get(k)} in {other.label}"
+        for k in c | d
+        if c.get(k) != d.get(k) and (k in c and k in d or k == "model_type")
+    ]
     if wrong:
         shown = "\n  ".join(wrong[:200] + ([f"... and {len(wrong) - 200} more"] if len(wrong) > 200 else []))
         also = "".join(f"\n  config: {t}" for t in inside)
-        raise CheckpointError(f"{base.path} and {other.path} cannot be compared, {len(wrong)} mismatches:\n  {shown}{also}\nUse checkpoints of one model.")
-    return inside + notes + [f"{n}: {a[n].dtype} in {base.label}, {b[n].dtype} in {other.label}" for n in a if n in b and a[n].dtype != b[n].dtype]
+        raise CheckpointError(
+            f"{base.path} and {other.path} cannot be compared, {len(wrong)} mismatches:\n  {shown}{also}\nUse checkpoints of one model."
+        )
+    return (
+        inside
+        + notes
+        + [
+            f"{n}: {a[n].dtype} in {base.label}, {b[n].dtype} in {other.label}"
+            for n in a
+            if n in b and a[n].dtype != b[n].dtype
+        ]
+    )

@@ -11,7 +11,9 @@ __all__ = ['CARDS', 'FACES', 'RULES', 'MAX_FORMULA', 'REWARDS', 'PAPER_PROMPT', 
            'verify', 'hand_splits', 'GeneralPoints']
 
 # %% ../nbs/00_env.ipynb #64d35057
-import hashlib, random, re
+import hashlib
+import random
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,34 +24,43 @@ from fastcore.basics import patch
 # %% ../nbs/00_env.ipynb #6eff7c1f
 CARDS = tuple("A 2 3 4 5 6 7 8 9 10 J Q K".split())
 FACES = ("J", "Q", "K")
-RULES = {"faces_as_ten":  {"J": 10, "Q": 10, "K": 10},   # in-distribution (ID)
-         "faces_as_rank": {"J": 11, "Q": 12, "K": 13}}   # out-of-distribution (OOD)
+RULES = {
+    "faces_as_ten": {"J": 10, "Q": 10, "K": 10},  # in-distribution (ID)
+    "faces_as_rank": {"J": 11, "Q": 12, "K": 13},
+}  # out-of-distribution (OOD)
+
 
 def card_numbers(
     cards,  # card names, for instance ('J', '5', 'A', '3')
     faces,  # what J, Q and K count as: a rule's name or {'J': int, 'Q': int, 'K': int}
-) -> tuple: # one integer per card, in the order of the cards
+) -> tuple:  # one integer per card, in the order of the cards
     "The numbers that `cards` stand for under a rule; a `ValueError` names an unknown card or rule."
     if isinstance(faces, str):
-        if faces not in RULES: raise ValueError(f"unknown rule {faces!r}: expected one of {', '.join(RULES)}")
+        if faces not in RULES:
+            raise ValueError(f"unknown rule {faces!r}: expected one of {', '.join(RULES)}")
         faces = RULES[faces]
     unknown = [c for c in cards if c not in CARDS]
-    if unknown: raise ValueError(f"unknown card {unknown[0]!r}: expected one of {' '.join(CARDS)}")
+    if unknown:
+        raise ValueError(f"unknown card {unknown[0]!r}: expected one of {' '.join(CARDS)}")
     return tuple(1 if c == "A" else faces[c] if c in FACES else int(c) for c in cards)
 
 # %% ../nbs/00_env.ipynb #b41bcc57
 @lru_cache(maxsize=None)
 def _values(numbers):
     "Every rational that the sorted tuple `numbers` can make, each number used once."
-    if len(numbers) == 1: return frozenset((Fraction(numbers[0]),))
+    if len(numbers) == 1:
+        return frozenset((Fraction(numbers[0]),))
     found = set()
     for left, right in _splits(numbers):
         for a in _values(left):
             for b in _values(right):
                 found.update((a + b, a - b, b - a, a * b))
-                if b: found.add(a / b)
-                if a: found.add(b / a)
+                if b:
+                    found.add(a / b)
+                if a:
+                    found.add(b / a)
     return frozenset(found)
+
 
 @lru_cache(maxsize=None)
 def _splits(numbers):
@@ -64,17 +75,22 @@ def _splits(numbers):
 
 # %% ../nbs/00_env.ipynb #47fb9836
 # A formula in normal form: (0, n), (1, added, subtracted) or (2, factors, divisors).
-def _parts(x, kind): return (x[1], x[2]) if x[0] == kind else ((x,), ())
+def _parts(x, kind):
+    return (x[1], x[2]) if x[0] == kind else ((x,), ())
+
 
 def _join(kind, x, y, inverse=False):
     "`x + y`, `x - y` (kind 1) or `x * y`, `x / y` (kind 2) of two normal forms."
     (up, down), (up_y, down_y) = _parts(x, kind), _parts(y, kind)
-    if inverse: up_y, down_y = down_y, up_y
+    if inverse:
+        up_y, down_y = down_y, up_y
     return (kind, tuple(sorted(up + up_y)), tuple(sorted(down + down_y)))
+
 
 def _write(x, inside_product=False):
     "A normal form as text."
-    if x[0] == 0: return str(x[1])
+    if x[0] == 0:
+        return str(x[1])
     plus, minus = (" + ", " - ") if x[0] == 1 else (" * ", " / ")
     sub = [[_write(p, x[0] == 2) for p in sorted(part, reverse=True)] for part in x[1:]]
     text = plus.join(sub[0]) + "".join(minus + s for s in sub[1])
@@ -84,19 +100,25 @@ def _write(x, inside_product=False):
 def _partners(a, target, others):
     "The values `b` among `others`, with the operations that take `a` and `b` to `target`."
     wanted = [("+", target - a), ("-", a - target), ("~-", target + a)]
-    if a: wanted += [("*", target / a), ("~/", target * a)]
-    if a and target: wanted.append(("/", a / target))
+    if a:
+        wanted += [("*", target / a), ("~/", target * a)]
+    if a and target:
+        wanted.append(("/", a / target))
     for op, b in wanted:
-        if b in others and not (op == "/" and not b): yield op, b
-    if not a and not target:   # zero times anything, zero over anything
+        if b in others and not (op == "/" and not b):
+            yield op, b
+    if not a and not target:  # zero times anything, zero over anything
         for b in others:
             yield "*", b
-            if b: yield "/", b
+            if b:
+                yield "/", b
+
 
 @lru_cache(maxsize=200_000)
 def _formulas(numbers, target):
     "The normal forms over the sorted tuple `numbers` whose value is `target`."
-    if len(numbers) == 1: return frozenset(((0, numbers[0]),)) if numbers[0] == target else frozenset()
+    if len(numbers) == 1:
+        return frozenset(((0, numbers[0]),)) if numbers[0] == target else frozenset()
     found = set()
     for left, right in _splits(numbers):
         for a in _values(left):
@@ -107,126 +129,181 @@ def _formulas(numbers, target):
                         found.add(_join(1 if op[-1] in "+-" else 2, p, q, op[-1] in "-/"))
     return frozenset(found)
 
+
 def solve(
-    numbers,      # the numbers to combine, one to six integers
-    target=24,    # the number to reach
-) -> list:        # every solution as text, sorted; empty when there is none
+    numbers,  # the numbers to combine, one to six integers
+    target=24,  # the number to reach
+) -> list:  # every solution as text, sorted; empty when there is none
     "Every formula that reaches `target` using each of `numbers` once, up to the order of terms and factors; a `ValueError` for what is no integer."
     odd = [n for n in numbers if n != int(n)]
-    if odd: raise ValueError(f"solve takes integers, got {odd[0]!r}")
+    if odd:
+        raise ValueError(f"solve takes integers, got {odd[0]!r}")
     numbers = tuple(sorted(int(n) for n in numbers))
-    if not 1 <= len(numbers) <= 6: raise ValueError(f"solve takes one to six numbers, got {len(numbers)}")
+    if not 1 <= len(numbers) <= 6:
+        raise ValueError(f"solve takes one to six numbers, got {len(numbers)}")
     return sorted(_write(f) for f in _formulas(numbers, Fraction(target)))
 
 # %% ../nbs/00_env.ipynb #da5ed11d
-MAX_FORMULA = 200   # characters
+MAX_FORMULA = 200  # characters
 _TOKEN = re.compile(r"\s*(?:(\d+)|(.))", re.DOTALL)
 _SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
 
+
 class FormulaError(ValueError):
     "A text that is no formula; `unclosed` counts the parentheses that are missing at its end when nothing else is wrong."
-    def __init__(self, message, unclosed=0): super().__init__(message); self.unclosed = unclosed
+
+    def __init__(self, message, unclosed=0):
+        super().__init__(message)
+        self.unclosed = unclosed
+
 
 def _tokens(text):
-    if len(text) > MAX_FORMULA: raise FormulaError(f"a formula of {len(text)} characters: at most {MAX_FORMULA} are read")
+    if len(text) > MAX_FORMULA:
+        raise FormulaError(f"a formula of {len(text)} characters: at most {MAX_FORMULA} are read")
     found = []
     for number, other in _TOKEN.findall(text.strip().translate(_SAME)):
-        if number and (len(number) > 6 or not number.isascii()): raise FormulaError(f"number too long: {number[:9]}")
-        if other and other not in "+-*/()": raise FormulaError(f"illegal character {other!r}")
+        if number and (len(number) > 6 or not number.isascii()):
+            raise FormulaError(f"number too long: {number[:9]}")
+        if other and other not in "+-*/()":
+            raise FormulaError(f"illegal character {other!r}")
         found.append(int(number) if number else other)
     return found
 
 # %% ../nbs/00_env.ipynb #9071fc02
 _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
 
+
 def _apply(op, values):
     b, a = values.pop(), values.pop()
-    if op == "/" and not b: raise FormulaError("division by zero")
+    if op == "/" and not b:
+        raise FormulaError("division by zero")
     values.append(a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b)
 
+
 def evaluate_formula(
-    text,        # an expression of integers, + - * / and parentheses
-) -> Fraction:   # its exact value
+    text,  # an expression of integers, + - * / and parentheses
+) -> Fraction:  # its exact value
     "The exact value of a formula, by operator precedence; `FormulaError` says what is wrong with one that is not."
     values, ops, after_value = [], [], False
     for t in _tokens(text):
         if isinstance(t, int) or t == "(":
-            if after_value: raise FormulaError(f"an operator is missing before {t}")
-            if t == "(": ops.append(t)
-            else: values.append(Fraction(t)); after_value = True
+            if after_value:
+                raise FormulaError(f"an operator is missing before {t}")
+            if t == "(":
+                ops.append(t)
+            else:
+                values.append(Fraction(t))
+                after_value = True
             continue
-        if not after_value: raise FormulaError(f"a number is missing before {t!r}")
+        if not after_value:
+            raise FormulaError(f"a number is missing before {t!r}")
         if t == ")":
-            while ops and ops[-1] != "(": _apply(ops.pop(), values)
-            if not ops: raise FormulaError("a closing parenthesis without an opening one")
+            while ops and ops[-1] != "(":
+                _apply(ops.pop(), values)
+            if not ops:
+                raise FormulaError("a closing parenthesis without an opening one")
             ops.pop()
         else:
-            while ops and ops[-1] != "(" and _RANK[ops[-1]] >= _RANK[t]: _apply(ops.pop(), values)
-            ops.append(t); after_value = False
-    if not after_value: raise FormulaError("the formula is empty" if not values else "the formula ends too early")
-    if "(" in ops: raise FormulaError("an opening parenthesis is never closed", unclosed=ops.count("("))
-    while ops: _apply(ops.pop(), values)
+            while ops and ops[-1] != "(" and _RANK[ops[-1]] >= _RANK[t]:
+                _apply(ops.pop(), values)
+            ops.append(t)
+            after_value = False
+    if not after_value:
+        raise FormulaError("the formula is empty" if not values else "the formula ends too early")
+    if "(" in ops:
+        raise FormulaError("an opening parenthesis is never closed", unclosed=ops.count("("))
+    while ops:
+        _apply(ops.pop(), values)
     return values[0]
 
 # %% ../nbs/00_env.ipynb #455bdbb1
 @dataclass(frozen=True)
 class Problem:
     "One hand to solve."
-    cards: tuple                # card names in the order dealt
-    faces: tuple = (10, 10, 10) # what J, Q and K count as
+
+    cards: tuple  # card names in the order dealt
+    faces: tuple = (10, 10, 10)  # what J, Q and K count as
     target: int = 24
 
     @property
-    def numbers(self): return card_numbers(self.cards, dict(zip(FACES, self.faces)))
+    def numbers(self):
+        return card_numbers(self.cards, dict(zip(FACES, self.faces)))
+
     @property
-    def key(self): "What identifies the hand whatever its order: the sorted numbers."; return " ".join(map(str, sorted(self.numbers)))
+    def key(self):
+        "What identifies the hand whatever its order: the sorted numbers."
+        return " ".join(map(str, sorted(self.numbers)))
+
 
 @dataclass(frozen=True)
 class Feedback:
     "What the verifier says of one answer."
-    reward: float      # errors of one turn add up
-    message: str       # what was wrong, in words that a model can be shown
+
+    reward: float  # errors of one turn add up
+    message: str  # what was wrong, in words that a model can be shown
     solved: bool
-    error: str = ""    # '' when solved, else the kind: format, wrong_rule, wrong_number, wrong_value
+    error: str = ""  # '' when solved, else the kind: format, wrong_rule, wrong_number, wrong_value
     formula: str = ""  # the formula that was judged, as read
 
 # %% ../nbs/00_env.ipynb #acac26bb
 REWARDS = {"correct": 5, "partial": 1, "no_solution": -1, "wrong_number": -2, "illegal": -3}
 
+
 def _number_errors(used, numbers):
     "Messages about numbers that do not belong, are used too often, or are left over."
     used, given = Counter(used), Counter(numbers)
-    foreign, over, under = (sorted(n for n in c) for c in (set(used) - set(given), {n for n in given if used[n] > given[n]},
-                                                           {n for n in given if used[n] < given[n]}))
+    foreign, over, under = (
+        sorted(n for n in c)
+        for c in (
+            set(used) - set(given),
+            {n for n in given if used[n] > given[n]},
+            {n for n in given if used[n] < given[n]},
+        )
+    )
     found = []
-    if foreign: found.append(f"you used invalid numbers: {foreign[:8]}")
-    elif over: found.append(f"you used numbers: {over} too many times")
-    if under: found.append(f"you didn't use numbers: {under}")
+    if foreign:
+        found.append(f"you used invalid numbers: {foreign[:8]}")
+    elif over:
+        found.append(f"you used numbers: {over} too many times")
+    if under:
+        found.append(f"you didn't use numbers: {under}")
     return found
+
 
 def _other_rule(problem, used):
     "Whether `used` are the hand's numbers under another named rule."
     here, used = Counter(problem.numbers), Counter(used)
     return used != here and any(Counter(card_numbers(problem.cards, r)) == used for r in RULES)
 
+
 def judge(problem, formula) -> Feedback:
     "What `formula` (text, without '= 24') earns as an answer to `problem`."
-    def failed(reward, message, error): return Feedback(reward, message, False, error, formula[:MAX_FORMULA])
+
+    def failed(reward, message, error):
+        return Feedback(reward, message, False, error, formula[:MAX_FORMULA])
+
     value, illegal, unclosed = None, "", 0
-    try: value = evaluate_formula(formula)
-    except FormulaError as e: illegal, unclosed = str(e), e.unclosed
-    try: used = [t for t in _tokens(formula) if isinstance(t, int)]
-    except FormulaError: return failed(REWARDS["illegal"], f"illegal formula: {illegal}", "format")
+    try:
+        value = evaluate_formula(formula)
+    except FormulaError as e:
+        illegal, unclosed = str(e), e.unclosed
+    try:
+        used = [t for t in _tokens(formula) if isinstance(t, int)]
+    except FormulaError:
+        return failed(REWARDS["illegal"], f"illegal formula: {illegal}", "format")
     wrong = _number_errors(used, problem.numbers)
     if unclosed and not wrong:
         try:
-            if evaluate_formula(formula + ")" * unclosed) == problem.target: return failed(REWARDS["partial"], "partial solution", "format")
-        except FormulaError: pass
+            if evaluate_formula(formula + ")" * unclosed) == problem.target:
+                return failed(REWARDS["partial"], "partial solution", "format")
+        except FormulaError:
+            pass
     reward = REWARDS["illegal"] * bool(illegal) + REWARDS["wrong_number"] * len(wrong)
     if reward:
         error = "format" if illegal else "wrong_rule" if _other_rule(problem, used) else "wrong_number"
         return failed(reward, ", ".join([f"illegal formula: {illegal}"] * bool(illegal) + wrong), error)
-    if value != problem.target: return failed(REWARDS["no_solution"], f"your formula equals {value}, not {problem.target}", "wrong_value")
+    if value != problem.target:
+        return failed(REWARDS["no_solution"], f"your formula equals {value}, not {problem.target}", "wrong_value")
     return Feedback(REWARDS["correct"], "Correct solution", True, "", formula)
 
 # %% ../nbs/00_env.ipynb #46fe9d0c
@@ -246,34 +323,52 @@ Cards: {cards}
 }}
 """
 
+
 def _paper_rule(faces):
-    if len(set(faces)) == 1: return f"'J', 'Q', and 'K' count as '{faces[0]}'"
+    if len(set(faces)) == 1:
+        return f"'J', 'Q', and 'K' count as '{faces[0]}'"
     return "'J', 'Q', and 'K' count as " + "'{}', '{}', and '{}' respectively".format(*faces)
+
 
 def paper_prompt(problem):
     "The published prompt for `problem`."
     n = len(problem.cards)
     slots, letters = "xyzw"[:n], "abcd"[:n]
-    return PAPER_PROMPT.format(target=problem.target, n=n, rule=_paper_rule(problem.faces), cards=list(problem.cards), card_slots=", ".join(slots),
-                               number_slots=", ".join(letters), number_list=", ".join(letters[:-1]) + f", and {letters[-1]}")
+    return PAPER_PROMPT.format(
+        target=problem.target,
+        n=n,
+        rule=_paper_rule(problem.faces),
+        cards=list(problem.cards),
+        card_slots=", ".join(slots),
+        number_slots=", ".join(letters),
+        number_list=", ".join(letters[:-1]) + f", and {letters[-1]}",
+    )
+
 
 def paper_answer(problem, formula):
     "The published answer format."
     cards = ", ".join(f"'{c}'" for c in problem.cards)
-    return '{{\n  "cards": [{}],\n  "number": {},\n  "formula": "{}={}",\n}}'.format(cards, list(problem.numbers), formula.replace(" ", ""), problem.target)
+    return '{{\n  "cards": [{}],\n  "number": {},\n  "formula": "{}={}",\n}}'.format(
+        cards, list(problem.numbers), formula.replace(" ", ""), problem.target
+    )
 
 # %% ../nbs/00_env.ipynb #03758d1f
 _FORMULA = re.compile(r"""(["'])?formula(?(1)["'])\s{0,9}:\s{0,9}["']?([^"'\n}]{0,400})""")
 
+
 def read_paper(problem, text):
     "The formula in an answer of the paper's style, without what follows '='."
-    found = {bool(m[1]): m[2] for m in _FORMULA.finditer(text)}         # the last of each kind: a quoted key, as asked for, or a bare one
-    if not found: raise FormulaError('the answer has no "formula"')
+    found = {
+        bool(m[1]): m[2] for m in _FORMULA.finditer(text)
+    }  # the last of each kind: a quoted key, as asked for, or a bare one
+    if not found:
+        raise FormulaError('the answer has no "formula"')
     formula, equals, stated = found[max(found)].rstrip(" ,").partition("=")
     return formula.strip()
 
 # %% ../nbs/00_env.ipynb #1b4f794d
-MAX_STEP = 200   # the largest intermediate result, which is also the largest number that the small model has a word for
+MAX_STEP = 200  # the largest intermediate result, which is also the largest number that the small model has a word for
+
 
 def _moves(state):
     "The steps from a sorted tuple of integers: {(a, op, b): next state}, a >= b, results integers from 0 to MAX_STEP."
@@ -281,110 +376,146 @@ def _moves(state):
     for i in range(len(state)):
         for j in range(i):
             a, b = state[i], state[j]
-            rest = state[:j] + state[j + 1:i] + state[i + 1:]
+            rest = state[:j] + state[j + 1 : i] + state[i + 1 :]
             for op, c in (("+", a + b), ("-", a - b), ("*", a * b), ("/", a // b if b and a % b == 0 else None)):
-                if c is not None and c <= MAX_STEP: found[a, op, b] = tuple(sorted(rest + (c,)))
+                if c is not None and c <= MAX_STEP:
+                    found[a, op, b] = tuple(sorted(rest + (c,)))
     return found
+
 
 @lru_cache(maxsize=1_000_000)
 def steps_to(
-    state,   # sorted tuple of non-negative integers
+    state,  # sorted tuple of non-negative integers
     target,  # the number to reach
 ) -> tuple:  # ((a, op, b), next state) for each first step from which the target can be reached
     "The first steps of all step-wise solutions."
-    if len(state) < 2: return ()
-    return tuple((move, nxt) for move, nxt in _moves(state).items() if (nxt == (target,) if len(nxt) == 1 else bool(steps_to(nxt, target))))
+    if len(state) < 2:
+        return ()
+    return tuple(
+        (move, nxt)
+        for move, nxt in _moves(state).items()
+        if (nxt == (target,) if len(nxt) == 1 else bool(steps_to(nxt, target)))
+    )
 
 # %% ../nbs/00_env.ipynb #546d9983
 COMPACT_RULE = "J Q K = {} {} {}"
+
 
 def compact_prompt(problem):
     "The same content in the words of the small model."
     return f"{COMPACT_RULE.format(*problem.faces)} ; target {problem.target} ; cards {' '.join(problem.cards)}"
 
-def _result(a, op, b): return a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b
+
+def _result(a, op, b):
+    return a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b
+
 
 def compact_answer(problem, rng):
     "A step-wise solution drawn at random among all; None when the hand needs a fraction."
     state, text = tuple(sorted(problem.numbers)), " ".join(problem.cards) + " = " + " ".join(map(str, problem.numbers))
     while len(state) > 1:
         found = steps_to(state, problem.target)
-        if not found: return None
+        if not found:
+            return None
         (a, op, b), state = found[rng.randrange(len(found))]
         text += f" ; {a} {op} {b} = {_result(a, op, b)}"
-        if len(state) > 1: text += " ; " + " ".join(map(str, state))
+        if len(state) > 1:
+            text += " ; " + " ".join(map(str, state))
     return text
+
 
 def read_compact(problem, text):
     "The formula that the steps of a compact answer build; what a step claims to give is not believed but computed."
     parts = text[:2000].split(";")
     held, formula = [(n, str(n)) for n in problem.numbers], ""
     steps = [p.split() for p in parts[1:] if "=" in p]
-    if not steps: raise FormulaError("the answer has no steps")
+    if not steps:
+        raise FormulaError("the answer has no steps")
     for step in steps[:8]:
-        if len(step) != 5 or step[3] != "=" or step[1] not in _RANK: raise FormulaError("a step is not of the form a + b = c")
+        if len(step) != 5 or step[3] != "=" or step[1] not in _RANK:
+            raise FormulaError("a step is not of the form a + b = c")
         operands = []
         for number in (step[0], step[2]):
-            if not (number.isascii() and number.isdigit() and len(number) <= 6): raise FormulaError("a step is not of the form a + b = c")
+            if not (number.isascii() and number.isdigit() and len(number) <= 6):
+                raise FormulaError("a step is not of the form a + b = c")
             operands.append(next((h for h in held if h[0] == int(number)), (int(number), number)))
-            if operands[-1] in held: held.remove(operands[-1])
+            if operands[-1] in held:
+                held.remove(operands[-1])
         (a, left), (b, right) = operands
         formula = f"({left} {step[1]} {right})"
         value = Fraction(a) / b if step[1] == "/" and b else None if step[1] == "/" else _result(a, step[1], b)
-        if value is None: raise FormulaError("division by zero")
+        if value is None:
+            raise FormulaError("division by zero")
         held.append((value, formula))
     return formula[1:-1]
 
 # %% ../nbs/00_env.ipynb #9aa2d6de
 STYLES = {"paper": (paper_prompt, read_paper), "compact": (compact_prompt, read_compact)}
 
+
 def verify(
-    problem,          # the `Problem` that was asked
-    text,             # whatever the model wrote, of any length
+    problem,  # the `Problem` that was asked
+    text,  # whatever the model wrote, of any length
     style="compact",  # 'compact' or 'paper': how the answer is written
 ) -> Feedback:
     "The verifier: reads `text` as an answer in `style`, in time linear in its length, and judges it. Nothing is executed."
-    try: formula = STYLES[style][1](problem, text)
-    except FormulaError as e: return Feedback(REWARDS["illegal"], f"illegal formula: {e}", False, "format")
+    try:
+        formula = STYLES[style][1](problem, text)
+    except FormulaError as e:
+        return Feedback(REWARDS["illegal"], f"illegal formula: {e}", False, "format")
     return judge(problem, formula)
 
 # %% ../nbs/00_env.ipynb #93ac30d3
 SPLITS = {"pretrain": (0.0, 0.5), "train": (0.5, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 SPLIT_SEED = 24
 
+
 @lru_cache(maxsize=None)
 def hand_splits(
-    n_cards=4,        # 2, 3 or 4
+    n_cards=4,  # 2, 3 or 4
     seed=SPLIT_SEED,  # the shipped base model was pretrained with the default; another seed would leak its hands
-) -> dict:            # {sorted numbers: split name} for every multiset of 1-13
+) -> dict:  # {sorted numbers: split name} for every multiset of 1-13
     "The split of every hand."
     found = {}
     for high in (False, True):
         group = [h for h in combinations_with_replacement(range(1, 14), n_cards) if (max(h) > 10) == high]
         group.sort(key=lambda h: hashlib.sha256(f"{seed}:{h}".encode()).digest())
         for name, (start, end) in SPLITS.items():
-            for h in group[round(start * len(group)):round(end * len(group))]: found[h] = name
+            for h in group[round(start * len(group)) : round(end * len(group))]:
+                found[h] = name
     return found
 
 # %% ../nbs/00_env.ipynb #7fca2538
-_LENGTHS = dict(compact=40, paper=512)     # tokens of an answer
+_LENGTHS = dict(compact=40, paper=512)  # tokens of an answer
+
 
 class GeneralPoints:
     "GeneralPoints under one rule: deals hands, asks, answers and verifies; also an environment with `reset` and `step`."
-    def __init__(self,
-        rule="faces_as_ten",     # 'faces_as_ten' (ID) or 'faces_as_rank' (OOD)
-        target=24,               # the number to reach; (low, high) draws one for each problem from those that its hand can reach
-        n_cards=4,               # 2, 3 or 4
-        style="compact",         # prompt and answer: 'compact' or 'paper'
-        attempts=5,              # turns an episode may take
-        split_seed=SPLIT_SEED,   # seed of the split of hands
-        max_new_tokens=None,     # of an answer; None: 40 for a compact one, which has 34 words at most, and 512 for the paper's
+
+    def __init__(
+        self,
+        rule="faces_as_ten",  # 'faces_as_ten' (ID) or 'faces_as_rank' (OOD)
+        target=24,  # the number to reach; (low, high) draws one for each problem from those that its hand can reach
+        n_cards=4,  # 2, 3 or 4
+        style="compact",  # prompt and answer: 'compact' or 'paper'
+        attempts=5,  # turns an episode may take
+        split_seed=SPLIT_SEED,  # seed of the split of hands
+        max_new_tokens=None,  # of an answer; None: 40 for a compact one, which has 34 words at most, and 512 for the paper's
     ):
         for name, value, allowed in (("rule", rule, RULES), ("style", style, STYLES), ("n_cards", n_cards, (2, 3, 4))):
-            if value not in allowed: raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(map(str, allowed))}")
-        self.rule, self.target, self.n_cards, self.style, self.attempts, self.split_seed = rule, target, n_cards, style, attempts, split_seed
+            if value not in allowed:
+                raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(map(str, allowed))}")
+        self.rule, self.target, self.n_cards, self.style, self.attempts, self.split_seed = (
+            rule,
+            target,
+            n_cards,
+            style,
+            attempts,
+            split_seed,
+        )
         self.targets = tuple(range(target[0], target[1] + 1)) if isinstance(target, (tuple, list)) else (int(target),)
-        if not self.targets: raise ValueError(f"target {target!r}: expected a number, or (low, high) with low not above high")
+        if not self.targets:
+            raise ValueError(f"target {target!r}: expected a number, or (low, high) with low not above high")
         self.faces = tuple(RULES[rule][f] for f in FACES)
         self.max_new_tokens = max_new_tokens or _LENGTHS[style]
 
@@ -392,54 +523,82 @@ class GeneralPoints:
         usual = dict(attempts=5, split_seed=SPLIT_SEED, max_new_tokens=_LENGTHS[self.style])
         more = "".join(f", {k}={getattr(self, k)}" for k, v in usual.items() if getattr(self, k) != v)
         return f"GeneralPoints({self.rule!r}, target={self.target}, n_cards={self.n_cards}, style={self.style!r}{more})"
-    def prompt(self, problem) -> str: "The user turn that asks for `problem`."; return STYLES[self.style][0](problem)
-    def verify(self, problem, text) -> Feedback: "Judges the text of one attempt."; return verify(problem, text, self.style)
-    def retry(self, feedback) -> str: "The user turn after a failed attempt."; return f"You failed this trial because {feedback.message}."
+
+    def prompt(self, problem) -> str:
+        "The user turn that asks for `problem`."
+        return STYLES[self.style][0](problem)
+
+    def verify(self, problem, text) -> Feedback:
+        "Judges the text of one attempt."
+        return verify(problem, text, self.style)
+
+    def retry(self, feedback) -> str:
+        "The user turn after a failed attempt."
+        return f"You failed this trial because {feedback.message}."
 
 # %% ../nbs/00_env.ipynb #f3e6724d
 @patch
-def problems(self:GeneralPoints,
-    split,        # 'pretrain', 'train', 'validation' or 'test'
-    n,            # how many
-    seed=0,       # equal seeds give equal hands
-    distinct=None,# deal only from this many different multisets (drawn with the seed); None: all of the split
-) -> list:        # of `Problem`
+def problems(
+    self: GeneralPoints,
+    split,  # 'pretrain', 'train', 'validation' or 'test'
+    n,  # how many
+    seed=0,  # equal seeds give equal hands
+    distinct=None,  # deal only from this many different multisets (drawn with the seed); None: all of the split
+) -> list:  # of `Problem`
     "Deals `n` solvable hands of a split."
-    if split not in SPLITS: raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     rng, splits = random.Random(f"{self.rule}:{split}:{seed}"), hand_splits(self.n_cards, self.split_seed)
     reach = lambda h: [t for t in self.targets if _formulas(h, Fraction(t))]
-    allowed = sorted(h for h, s in splits.items() if s == split and (max(h) > 10 if self.rule == "faces_as_rank" else max(h) <= 10) and reach(h))
-    if not allowed: raise ValueError(f"no hand of {self.n_cards} cards in split {split!r} reaches {self.target} under {self.rule}")
+    allowed = sorted(
+        h
+        for h, s in splits.items()
+        if s == split and (max(h) > 10 if self.rule == "faces_as_rank" else max(h) <= 10) and reach(h)
+    )
+    if not allowed:
+        raise ValueError(f"no hand of {self.n_cards} cards in split {split!r} reaches {self.target} under {self.rule}")
     allowed, found = set(rng.sample(allowed, min(distinct or len(allowed), len(allowed)))), []
     while len(found) < n:
         problem = Problem(tuple(rng.choice(CARDS) for _ in range(self.n_cards)), self.faces, self.targets[0])
         hand = tuple(sorted(problem.numbers))
-        if hand not in allowed: continue
+        if hand not in allowed:
+            continue
         found.append(problem if len(self.targets) == 1 else replace(problem, target=rng.choice(reach(hand))))
     return found
 
+
 @patch
-def answer(self:GeneralPoints, problem, seed=0) -> str:
+def answer(self: GeneralPoints, problem, seed=0) -> str:
     "A right answer to `problem` in the task's style, drawn among all with `seed`."
     rng = random.Random(f"{problem.key}:{seed}")
-    if self.style == "paper": return paper_answer(problem, rng.choice(solve(problem.numbers, problem.target)))
+    if self.style == "paper":
+        return paper_answer(problem, rng.choice(solve(problem.numbers, problem.target)))
     text = compact_answer(problem, rng)
-    if text is None: raise ValueError(f"{problem.key} cannot be solved in integer steps")
+    if text is None:
+        raise ValueError(f"{problem.key} cannot be solved in integer steps")
     return text
 
 # %% ../nbs/00_env.ipynb #4f41cb08
 @patch
-def reset(self:GeneralPoints, seed=None, options=None):
+def reset(self: GeneralPoints, seed=None, options=None):
     "Deals a hand: `(observation, info)`, the observation being the prompt. `options={'split': ...}` names the split (default 'train')."
-    if seed is not None or not hasattr(self, "_deal"): self._deal = random.Random(seed)
+    if seed is not None or not hasattr(self, "_deal"):
+        self._deal = random.Random(seed)
     self.problem, self.turn = self.problems((options or {}).get("split", "train"), 1, self._deal.random())[0], 0
     return self.prompt(self.problem), {"problem": self.problem}
 
+
 @patch
-def step(self:GeneralPoints, action):
+def step(self: GeneralPoints, action):
     "One attempt: `(observation, reward, terminated, truncated, info)`; the observation is the next user turn."
-    if not hasattr(self, "problem"): raise RuntimeError("call reset() before step()")
+    if not hasattr(self, "problem"):
+        raise RuntimeError("call reset() before step()")
     feedback = self.verify(self.problem, action)
     self.turn += 1
-    return ("" if feedback.solved else self.retry(feedback), feedback.reward, feedback.solved,
-            not feedback.solved and self.turn >= self.attempts, {"problem": self.problem, "feedback": feedback})
+    return (
+        "" if feedback.solved else self.retry(feedback),
+        feedback.reward,
+        feedback.solved,
+        not feedback.solved and self.turn >= self.attempts,
+        {"problem": self.problem, "feedback": feedback},
+    )

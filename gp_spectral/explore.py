@@ -10,47 +10,64 @@ __all__ = ['Run', 'pair_angles', 'draw', 'explore']
 # %% ../nbs/07_explore.ipynb #b778c74f
 from pathlib import Path
 
-import ipywidgets as widgets, matplotlib.pyplot as plt, pandas as pd
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import pandas as pd
 from IPython.display import display
 
 from .angles import angle_profile, plot_map, plot_profile
 from .study import NAMES, checkpoints, plot_recovery_bars, read_preset
-from .svd import Checkpoint, describe, plot_spectrum
+from .checkpoint import Checkpoint, describe
+from .svd import plot_spectrum
 
 # %% ../nbs/07_explore.ipynb #1bc3774c
 class Run:
     "The tables and checkpoints of a finished study; a `ValueError` when `folder` is none."
-    def __init__(self,
-        folder="runs/tiny",   # what `gp-spectral study` wrote
-        seed=0,               # which repetition's checkpoints are opened
+
+    def __init__(
+        self,
+        folder="runs/tiny",  # what `gp-spectral study` wrote
+        seed=0,  # which repetition's checkpoints are opened
     ):
         self.folder, self.seed = Path(folder), seed
         if not (self.folder / "tables" / "claims.parquet").exists():
-            raise ValueError(f"{folder} holds no finished study: run `gp-spectral study` first, or give the folder that has report.html in it")
+            raise ValueError(
+                f"{folder} holds no finished study: run `gp-spectral study` first, or give the folder that has report.html in it"
+            )
         self.preset = read_preset(folder)
-        self.tables = {p.stem: pd.read_parquet(p) for p in (self.folder / "tables").glob("*.parquet")} | dict(preset=vars(self.preset))
+        self.tables = {p.stem: pd.read_parquet(p) for p in (self.folder / "tables").glob("*.parquet")} | dict(
+            preset=vars(self.preset)
+        )
         self.seeds = sorted(self.tables["evaluations"].seed.unique().tolist())
-        if seed not in self.seeds: raise ValueError(f"{folder} has seeds {self.seeds}, not {seed}")
+        if seed not in self.seeds:
+            raise ValueError(f"{folder} has seeds {self.seeds}, not {seed}")
 
     def paths(self):
         "{name: folder} of base, max_ood, end and rl."
         found = checkpoints(self.preset, self.folder / str(self.seed))
         return {k: found[k] for k in NAMES}
 
-    def matrices(self): "Names of the matrices, in the order of the model."; return list(dict.fromkeys(self.tables["spectrum"].matrix))
+    def matrices(self):
+        "Names of the matrices, in the order of the model."
+        return list(dict.fromkeys(self.tables["spectrum"].matrix))
 
 # %% ../nbs/07_explore.ipynb #0c83d686
 def pair_angles(run, base, other):
     "The rows of a pair in the study's table of angles; a `ValueError` names the pairs that it has."
     t = run.tables["angles"]
     found = t[(t.base == base) & (t.other == other) & (t.seed == run.seed)]
-    if found.empty: raise ValueError(f"the study did not compare {base} and {other}: it has {', '.join(sorted({f'{a} → {b}' for a, b in zip(t.base, t.other)}))}")
+    if found.empty:
+        raise ValueError(
+            f"the study did not compare {base} and {other}: it has {', '.join(sorted({f'{a} → {b}' for a, b in zip(t.base, t.other)}))}"
+        )
     return found
+
 
 def draw(run, base, other, kind, layer, band="head", k=0.2):
     "The figure of the explorer: spectra, angle profile, all matrices of the pair, recovery."
     name = next((m for m in run.matrices() if describe(m).kind == kind and describe(m).layer == layer), None)
-    if name is None: raise ValueError(f"no matrix {kind} in layer {layer}")
+    if name is None:
+        raise ValueError(f"no matrix {kind} in layer {layer}")
     paths = run.paths()
     figure, axes = plt.subplots(2, 2, figsize=(12.5, 7.6), layout="constrained", width_ratios=(4, 5))
     one, two, sp = Checkpoint(paths[base], NAMES[base]), Checkpoint(paths[other], NAMES[other]), run.tables["spectrum"]
@@ -66,27 +83,42 @@ def draw(run, base, other, kind, layer, band="head", k=0.2):
 # %% ../nbs/07_explore.ipynb #bf1f2049
 def explore(
     folder="runs/tiny",  # the run folder of a finished study
-    seed=0,              # which repetition
-) -> widgets.VBox:       # controls above the figure
+    seed=0,  # which repetition
+) -> widgets.VBox:  # controls above the figure
     "An explorer of a study: pair, kind of matrix, layer, band and k."
     run = Run(folder, seed)
     found = [describe(m) for m in run.matrices()]
-    pairs = [p for p in dict.fromkeys(zip(run.tables["angles"].base, run.tables["angles"].other)) if set(p) <= set(NAMES)]
-    pair = widgets.Dropdown(options=[(f"{NAMES[a]} → {NAMES[b]}", (a, b)) for a, b in pairs], value=("base", "end"), description="pair")
+    pairs = [
+        p for p in dict.fromkeys(zip(run.tables["angles"].base, run.tables["angles"].other)) if set(p) <= set(NAMES)
+    ]
+    pair = widgets.Dropdown(
+        options=[(f"{NAMES[a]} → {NAMES[b]}", (a, b)) for a, b in pairs], value=("base", "end"), description="pair"
+    )
     kind = widgets.Dropdown(options=list(dict.fromkeys(m.kind for m in found)), description="matrix")
     layer = widgets.IntSlider(min=0, max=max(m.layer for m in found), continuous_update=False, description="layer")
     band = widgets.ToggleButtons(options=["head", "bulk", "tail"], description="band", style=dict(button_width="4.5em"))
-    k = widgets.FloatSlider(value=0.2, min=0.05, max=0.95, step=0.05, readout_format=".0%", continuous_update=False, description="leading")
+    k = widgets.FloatSlider(
+        value=0.2, min=0.05, max=0.95, step=0.05, readout_format=".0%", continuous_update=False, description="leading"
+    )
     picture, words = widgets.Output(), widgets.HTML()
 
     def show(*_):
         with picture:
             figure = draw(run, *pair.value, kind.value, layer.value, band.value, k.value)
-            picture.clear_output(wait=True); display(figure); plt.close(figure)
+            picture.clear_output(wait=True)
+            display(figure)
+            plt.close(figure)
         s = run.tables["sigma"]
-        row = s[(s.base == pair.value[0]) & (s.other == pair.value[1]) & (s.kind == kind.value) & (s.layer == layer.value) & (s.seed == run.seed)].iloc[0]
+        row = s[
+            (s.base == pair.value[0])
+            & (s.other == pair.value[1])
+            & (s.kind == kind.value)
+            & (s.layer == layer.value)
+            & (s.seed == run.seed)
+        ].iloc[0]
         words.value = f"layer {layer.value}, {kind.value}: singular values changed by {100 * row.mean_abs_change:.2f} % on average, weights by {100 * row.weight_change:.1f} %"
 
-    for control in (pair, kind, layer, band, k): control.observe(show, names="value")
+    for control in (pair, kind, layer, band, k):
+        control.observe(show, names="value")
     show()
     return widgets.VBox([widgets.HBox([pair, kind, layer]), widgets.HBox([band, k]), words, picture])

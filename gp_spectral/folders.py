@@ -8,7 +8,11 @@ Docs: https://gp-spectral.github.io/gp_spectral/folders.html.md"""
 __all__ = ['TINY', 'HUB_NAME', 'CheckpointError', 'locate', 'base_of', 'atomic', 'write_json']
 
 # %% ../nbs/00a_folders.ipynb #336d309b
-import json, os, re, shutil, warnings
+import json
+import os
+import re
+import shutil
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,34 +23,54 @@ class CheckpointError(ValueError):
 # %% ../nbs/00a_folders.ipynb #54005b45
 TINY = Path(__file__).parent / "models" / "tiny" if "__file__" in globals() else Path("../gp_spectral/models/tiny")
 
+
 def _named(name):
     "The folder of a model that has a name of ours."
-    if Path(name).is_dir(): warnings.warn(f"{name} is the model of that name; the folder here is ./{name}", stacklevel=4)
-    if name == "tiny": return TINY
+    if Path(name).is_dir():
+        warnings.warn(f"{name} is the model of that name; the folder here is ./{name}", stacklevel=4)
+    if name == "tiny":
+        return TINY
     from gp_spectral.smollm2 import smollm2
+
     return smollm2()
 
 # %% ../nbs/00a_folders.ipynb #155d7e1c
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 
+
 def _from_hub(name):
     "The folder in the hub's cache; fetched, if it is not there."
     from huggingface_hub import snapshot_download
+
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                ignore_patterns=["*/*", "consolidated*"],
+                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "*.jinja"],
+            )
+        )
     except Exception as e:
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}" if str(e).strip() else type(e).__name__
-        raise CheckpointError(f"{name} is not a folder, and the hub gave no model of that name ({why}): "
-            "check name and network, log in if it is gated, or download it where there is a network (without HF_HUB_OFFLINE)") from e
+        raise CheckpointError(
+            f"{name} is not a folder, and the hub gave no model of that name ({why}): "
+            "check name and network, log in if it is gated, or download it where there is a network (without HF_HUB_OFFLINE)"
+        ) from e
 
 # %% ../nbs/00a_folders.ipynb #d5262f9b
-def _holds_model(folder): return any((folder / f).is_file() for f in ("config.json", "adapter_config.json"))
+def _holds_model(folder):
+    return any((folder / f).is_file() for f in ("config.json", "adapter_config.json"))
+
 
 def _newest(run):
     "The newest checkpoint of a trainer's run; None where a folder is no such run."
-    steps = {int(f.name.split("-")[1]): f for f in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name) and _holds_model(f)}
+    steps = {
+        int(f.name.split("-")[1]): f
+        for f in run.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", f.name) and _holds_model(f)
+    }
     return steps[max(steps)] if steps else None
 
 # %% ../nbs/00a_folders.ipynb #50910478
@@ -55,55 +79,74 @@ def locate(
 ) -> Path:
     "The folder that is meant; a `CheckpointError` when there is none, a `TypeError` when it is no name at all."
     if not isinstance(checkpoint, (str, os.PathLike)):
-        raise TypeError(f"{type(checkpoint).__name__} is not the name of a checkpoint: expected a folder, a hub name such as org/name, 'tiny' or 'smollm2'")
+        raise TypeError(
+            f"{type(checkpoint).__name__} is not the name of a checkpoint: expected a folder, a hub name such as org/name, 'tiny' or 'smollm2'"
+        )
     name, folder = str(checkpoint), Path(checkpoint)
-    if name in ("tiny", "smollm2") and isinstance(checkpoint, str): return _named(name)
+    if name in ("tiny", "smollm2") and isinstance(checkpoint, str):
+        return _named(name)
     if folder.is_dir():
         newest = None if _holds_model(folder) else _newest(folder)
-        if newest: warnings.warn(f"{folder} is a trainer's run: its newest checkpoint is taken, {newest.name}", stacklevel=2)
+        if newest:
+            warnings.warn(f"{folder} is a trainer's run: its newest checkpoint is taken, {newest.name}", stacklevel=2)
         return newest or folder
-    if HUB_NAME.fullmatch(name) and not name.startswith("."): return _from_hub(name)
-    raise CheckpointError(f"{name} is not a folder: give the folder of a saved checkpoint, or a hub name such as org/name")
+    if HUB_NAME.fullmatch(name) and not name.startswith("."):
+        return _from_hub(name)
+    raise CheckpointError(
+        f"{name} is not a folder: give the folder of a saved checkpoint, or a hub name such as org/name"
+    )
 
 # %% ../nbs/00a_folders.ipynb #71c0aa11
 def base_of(
     adapter,  # folder of an adapter
-    config,   # its adapter_config.json
-):            # what `locate` is to find; None where no base is named
+    config,  # its adapter_config.json
+):  # what `locate` is to find; None where no base is named
     "The base that an adapter names."
     named = config.get("base_model_name_or_path")
-    if not named or Path(named).is_dir(): return named or None
-    if (Path(adapter) / named).is_dir(): return Path(adapter) / named
+    if not named or Path(named).is_dir():
+        return named or None
+    if (Path(adapter) / named).is_dir():
+        return Path(adapter) / named
     return f"{named}@{config['revision']}" if config.get("revision") and HUB_NAME.fullmatch(named) else named
-
 
 # %% ../nbs/00a_folders.ipynb #5414fa9a
 def _remove(path):
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path): os.remove(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.remove(path)
+
 
 @contextmanager
 def atomic(
-    path,          # the file or folder to make; one that is there already is replaced
-    sync=False,    # whether its bytes are to be on the disk before its name is (files)
+    path,  # the file or folder to make; one that is there already is replaced
+    sync=False,  # whether its bytes are to be on the disk before its name is (files)
     shared=False,  # whether several processes may write it: each then writes a part of its own
-):                 # yields the name to write under; nothing is there yet
+):  # yields the name to write under; nothing is there yet
     "What is written inside the block becomes `path` when the block ends well; else it is removed, and `path` is what it was."
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
-    _remove(part)                          # of a run that was killed here
+    _remove(part)  # of a run that was killed here
     try:
         yield part
         if sync:
-            with open(part, "rb") as f: os.fsync(f.fileno())
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
         if part.is_dir() and os.path.lexists(path):
             old = path.with_name(f"{path.name}.old.part")
-            _remove(old); os.replace(path, old); os.replace(part, path); _remove(old)
-        else: os.replace(part, path)
-    except BaseException: _remove(part); raise
+            _remove(old)
+            os.replace(path, old)
+            os.replace(part, path)
+            _remove(old)
+        else:
+            os.replace(part, path)
+    except BaseException:
+        _remove(part)
+        raise
 
 # %% ../nbs/00a_folders.ipynb #74451f30
 def write_json(value, path, indent=1, **options):
     "Writes a value as JSON, whole or not at all; `options` are those of `atomic`."
     text = json.dumps(value, indent=indent)
-    with atomic(path, **options) as part: part.write_text(text)
+    with atomic(path, **options) as part:
+        part.write_text(text)

@@ -9,12 +9,19 @@ __all__ = ['group_advantages', 'GRPOConfig', 'training_problems', 'prompt_datase
            'train_grpo']
 
 # %% ../nbs/02b_grpo.ipynb #d732953c
-import dataclasses, json, math, os, shutil, time, warnings
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd, torch
+import pandas as pd
+import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, TrainerCallback, set_seed
@@ -22,77 +29,119 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from .folders import write_json
-from .sft import check_numbers, complete, curve_row, evaluate, finished, load_model, lora_config, one_at_a_time, prompt_ids, save_model, success_rate, task_name, world
+from gp_spectral.sft import (
+    check_numbers,
+    complete,
+    curve_row,
+    evaluate,
+    finished,
+    load_model,
+    lora_config,
+    one_at_a_time,
+    prompt_ids,
+    save_model,
+    success_rate,
+    task_name,
+    world,
+)
 from .sft import Float32Outputs, accumulating, one_gpu, release, resolve_precision, write_table
 
 # %% ../nbs/02b_grpo.ipynb #7ea01b5f
 def group_advantages(
-    rewards,        # (n, G): G answers to each of n problems
+    rewards,  # (n, G): G answers to each of n problems
     method="grpo",  # 'grpo' or 'rloo'
     scale="group",  # what GRPO divides by: the standard deviation of the 'group', of the 'batch', or 'none'
-):                  # (n, G)
+):  # (n, G)
     "The advantages of GRPO and RLOO."
     mean = rewards.mean(1, keepdim=True)
-    if method == "rloo": return (rewards - mean) * rewards.shape[1] / (rewards.shape[1] - 1)
-    if scale == "none": return rewards - mean
+    if method == "rloo":
+        return (rewards - mean) * rewards.shape[1] / (rewards.shape[1] - 1)
+    if scale == "none":
+        return rewards - mean
     return (rewards - mean) / ((rewards.std(1, keepdim=True) if scale == "group" else rewards.std()) + 1e-4)
 
 # %% ../nbs/02b_grpo.ipynb #002f5ca7
 _COUNTS = ("iterations", "samples", "generations", "attempts", "epochs", "minibatch", "microbatch")
 _ABOVE_ZERO = ("temperature", "reward_scale", "clip", "lr", "adam_eps", "max_grad_norm")
-_CHOICES = dict(loss_type=("dapo", "grpo", "dr_grpo", "bnpo"), scale_rewards=("group", "batch", "none"), kl=("off", "loss", "reward"),
-                dtype=("float32", "bfloat16"), precision=("auto", "no", "bf16", "fp16"))
+_CHOICES = dict(
+    loss_type=("dapo", "grpo", "dr_grpo", "bnpo"),
+    scale_rewards=("group", "batch", "none"),
+    kl=("off", "loss", "reward"),
+    dtype=("float32", "bfloat16"),
+    precision=("auto", "no", "bf16", "fp16"),
+)
+
 
 @dataclass
 class GRPOConfig:
     "All settings of `train_grpo`. The defaults are for the model that comes with the package."
+
     # answering
-    iterations: int = 30          # rounds of answering and updating
-    samples: int = 192            # answers per round, over all processes
-    generations: int = 8          # answers per problem: the group
-    attempts: int = 1             # only 1: see below
-    temperature: float = 1.0      # of sampling, and of the log-probabilities that are optimised
-    max_new_tokens: int = 0       # per answer; 0 asks the task
+    iterations: int = 30  # rounds of answering and updating
+    samples: int = 192  # answers per round, over all processes
+    generations: int = 8  # answers per problem: the group
+    attempts: int = 1  # only 1: see below
+    temperature: float = 1.0  # of sampling, and of the log-probabilities that are optimised
+    max_new_tokens: int = 0  # per answer; 0 asks the task
     # advantages
-    reward_scale: float = 0.2     # rewards are multiplied by this
+    reward_scale: float = 0.2  # rewards are multiplied by this
     scale_rewards: str = "group"  # GRPO: what advantages are divided by: the standard deviation of the 'group', of the 'batch', or 'none'
     # the loss
-    clip: float = 0.2             # of the probability ratio: a token's (GRPO), an answer's (RLOO)
-    loss_type: str = "dapo"       # GRPO: mean over all tokens ('dapo'), over each answer's tokens and then over answers ('grpo'), or TRL's 'dr_grpo' and 'bnpo'
-    kl: str = "off"               # KL to the starting policy: 'off', 'loss' (GRPO), 'reward' (RLOO: taken off the answer's reward)
-    kl_coef: float = 0.05         # its weight
+    clip: float = 0.2  # of the probability ratio: a token's (GRPO), an answer's (RLOO)
+    loss_type: str = "dapo"  # GRPO: mean over all tokens ('dapo'), over each answer's tokens and then over answers ('grpo'), or TRL's 'dr_grpo' and 'bnpo'
+    kl: str = "off"  # KL to the starting policy: 'off', 'loss' (GRPO), 'reward' (RLOO: taken off the answer's reward)
+    kl_coef: float = 0.05  # its weight
     # the steps
-    epochs: int = 2               # passes over a round's answers
-    minibatch: int = 96           # answers per optimizer step, over all processes
-    microbatch: int = 96          # answers per forward pass and process (gradients are accumulated)
-    lr: float = 3e-4              # AdamW
-    lr_end: float = -1.0          # cosine from lr to lr_end over all optimizer steps; negative: constant
+    epochs: int = 2  # passes over a round's answers
+    minibatch: int = 96  # answers per optimizer step, over all processes
+    microbatch: int = 96  # answers per forward pass and process (gradients are accumulated)
+    lr: float = 3e-4  # AdamW
+    lr_end: float = -1.0  # cosine from lr to lr_end over all optimizer steps; negative: constant
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
     # the model
-    lora: int = 0                 # LoRA rank; 0 trains all weights
-    dtype: str = "float32"        # of weights and updates
-    precision: str = "auto"       # of the arithmetic: 'no', 'bf16', 'fp16'; 'auto' as in `resolve_precision`
+    lora: int = 0  # LoRA rank; 0 trains all weights
+    dtype: str = "float32"  # of weights and updates
+    precision: str = "auto"  # of the arithmetic: 'no', 'bf16', 'fp16'; 'auto' as in `resolve_precision`
     gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self):
         def check(good, name, expected):
-            if not good: raise ValueError(f"GRPOConfig.{name} is {getattr(self, name)!r}: expected {expected}")
-        for name, allowed in _CHOICES.items(): check(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
-        for name in (*_COUNTS, "lora", "max_new_tokens"): check(type(getattr(self, name)) is int and getattr(self, name) >= (name in _COUNTS), name, f"a whole number, {int(name in _COUNTS)} or more")
+            if not good:
+                raise ValueError(f"GRPOConfig.{name} is {getattr(self, name)!r}: expected {expected}")
+
+        for name, allowed in _CHOICES.items():
+            check(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
+        for name in (*_COUNTS, "lora", "max_new_tokens"):
+            check(
+                type(getattr(self, name)) is int and getattr(self, name) >= (name in _COUNTS),
+                name,
+                f"a whole number, {int(name in _COUNTS)} or more",
+            )
         number = lambda name: isinstance(getattr(self, name), (int, float)) and math.isfinite(getattr(self, name))
-        for name in _ABOVE_ZERO: check(number(name) and getattr(self, name) > 0, name, "a number above 0")
+        for name in _ABOVE_ZERO:
+            check(number(name) and getattr(self, name) > 0, name, "a number above 0")
         check(number("kl_coef") and self.kl_coef >= 0, "kl_coef", "a number, 0 or more")
         check(number("lr_end"), "lr_end", "a number; a negative one keeps the rate constant")
-        check(self.attempts == 1, "attempts", "1, because TRL's trainers give each answer one reward and play no second turn; train_ppo plays several")
+        check(
+            self.attempts == 1,
+            "attempts",
+            "1, because TRL's trainers give each answer one reward and play no second turn; train_ppo plays several",
+        )
         check(self.generations > 1, "generations", "2 or more: an answer is compared with its siblings")
         check(self.samples % self.generations == 0, "samples", f"a multiple of generations ({self.generations})")
         check(self.samples % self.minibatch == 0, "samples", f"a multiple of minibatch ({self.minibatch})")
-        check(self.minibatch % min(self.minibatch, self.microbatch) == 0, "minibatch", f"a multiple of microbatch ({self.microbatch})")
+        check(
+            self.minibatch % min(self.minibatch, self.microbatch) == 0,
+            "minibatch",
+            f"a multiple of microbatch ({self.microbatch})",
+        )
 
     @property
-    def steps_per_round(self): "Optimizer steps between two rounds of answers."; return self.epochs * self.samples // self.minibatch
+    def steps_per_round(self):
+        "Optimizer steps between two rounds of answers."
+        return self.epochs * self.samples // self.minibatch
 
 # %% ../nbs/02b_grpo.ipynb #2de2545c
 def training_problems(task, config):
@@ -100,165 +149,325 @@ def training_problems(task, config):
     per_round, found = config.samples // config.generations, []
     for i in range(config.iterations):
         problems = task.problems("train", per_round, f"{config.seed}:{i}")
-        if len(problems) != per_round: raise ValueError(f"{type(task).__name__} gave {len(problems)} problems for training in round {i + 1}: expected {per_round}, samples / generations")
+        if len(problems) != per_round:
+            raise ValueError(
+                f"{type(task).__name__} gave {len(problems)} problems for training in round {i + 1}: expected {per_round}, samples / generations"
+            )
         found += problems
     return found
 
+
 def prompt_dataset(task, problems):
     "What TRL reads: the user's turn, and the problem's place in the list (a problem may be any Python object)."
-    return Dataset.from_list([dict(prompt=[dict(role="user", content=task.prompt(p))], problem=i) for i, p in enumerate(problems)])
+    return Dataset.from_list(
+        [dict(prompt=[dict(role="user", content=task.prompt(p))], problem=i) for i, p in enumerate(problems)]
+    )
 
 # %% ../nbs/02b_grpo.ipynb #84cd4199
 class Verifier:
     "The task's verifier as one of TRL's reward functions."
-    def __init__(self, task, problems, tokenizer, ends, scale=1.0): self.task, self.problems, self.tokenizer, self.ends, self.scale, self.began = task, problems, tokenizer, set(ends), scale, time.perf_counter()
+
+    def __init__(self, task, problems, tokenizer, ends, scale=1.0):
+        self.task, self.problems, self.tokenizer, self.ends, self.scale, self.began = (
+            task,
+            problems,
+            tokenizer,
+            set(ends),
+            scale,
+            time.perf_counter(),
+        )
 
     def __call__(self, completion_ids, problem, log_metric=lambda name, value: None, **kwargs):
         "Scaled rewards of completions (lists of token ids) to problems (places in the list)."
         seconds = time.perf_counter() - self.began
-        texts = [self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.ends else ids, skip_special_tokens=True) for ids in completion_ids]
+        texts = [
+            self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.ends else ids, skip_special_tokens=True)
+            for ids in completion_ids
+        ]
         found = [self.task.verify(self.problems[i], text) for i, text in zip(problem, texts)]
         bad = next((f.reward for f in found if not math.isfinite(f.reward)), None)
-        if bad is not None: raise ValueError(f"{type(self.task).__name__} gave the reward {bad}: expected a finite number")
-        for name, value in dict(task_reward=sum(f.reward for f in found) / len(found), success=sum(f.solved for f in found) / len(found),
-                                tokens_per_second=sum(map(len, completion_ids)) / seconds).items(): log_metric(name, value)
+        if bad is not None:
+            raise ValueError(f"{type(self.task).__name__} gave the reward {bad}: expected a finite number")
+        for name, value in dict(
+            task_reward=sum(f.reward for f in found) / len(found),
+            success=sum(f.solved for f in found) / len(found),
+            tokens_per_second=sum(map(len, completion_ids)) / seconds,
+        ).items():
+            log_metric(name, value)
         return [self.scale * f.reward for f in found]
 
 # %% ../nbs/02b_grpo.ipynb #84a756d4
 def check_padding(
-    model, tokenizer,
+    model,
+    tokenizer,
     prompts,  # lists of token ids
 ):
     "A `ValueError` when padding as TRL does it would change what the model says."
     short, width = min(prompts, key=len), max(map(len, prompts))
-    if len(short) == width: return
+    if len(short) == width:
+        return
     padded = torch.tensor([[tokenizer.pad_token_id] * (width - len(short)) + short], device=model.device)
     mask = (torch.arange(width, device=model.device) >= width - len(short)).long()[None]
-    with torch.no_grad(): p, q = (model(input_ids=i, attention_mask=m).logits[0, -1].float().softmax(-1) for i, m in ((padded[:, width - len(short):], mask[:, width - len(short):]), (padded, mask)))
-    off = 0.5 * (p - q).abs().sum().item()     # total variation
-    if off > (0.02 if model.dtype == torch.float32 else 0.2): raise ValueError(f"{type(model).__name__} gives {100 * off:.0f} % of its probability to other tokens once a prompt of {len(short)} tokens is padded to {width} on the left, "
-                                    "which is how TRL scores it: use a model with rotary positions, prompts of one length, or train_ppo")
+    with torch.no_grad():
+        p, q = (
+            model(input_ids=i, attention_mask=m).logits[0, -1].float().softmax(-1)
+            for i, m in ((padded[:, width - len(short) :], mask[:, width - len(short) :]), (padded, mask))
+        )
+    off = 0.5 * (p - q).abs().sum().item()  # total variation
+    if off > (0.02 if model.dtype == torch.float32 else 0.2):
+        raise ValueError(
+            f"{type(model).__name__} gives {100 * off:.0f} % of its probability to other tokens once a prompt of {len(short)} tokens is padded to {width} on the left, "
+            "which is how TRL scores it: use a model with rotary positions, prompts of one length, or train_ppo"
+        )
 
 # %% ../nbs/02b_grpo.ipynb #ac212577
 def check_launch(
-    config,       # a `GRPOConfig`
+    config,  # a `GRPOConfig`
     processes=1,  # of the launch
 ):
     "A `ValueError` where the settings do not fit the launch."
     own = config.minibatch // processes
     if config.minibatch % processes or own % min(config.microbatch, own):
-        raise ValueError(f"GRPOConfig.minibatch is {config.minibatch}: expected a multiple of {processes} processes × microbatch {min(config.microbatch, own)}")
+        raise ValueError(
+            f"GRPOConfig.minibatch is {config.minibatch}: expected a multiple of {processes} processes × microbatch {min(config.microbatch, own)}"
+        )
+
 
 def _arguments(config, method, folder, limit, processes=1, trackers=()):
     "Keyword arguments of `trl.GRPOConfig` or `trl.RLOOConfig`."
     check_launch(config, processes)
     cuda, own, precision = torch.cuda.is_available(), config.minibatch // processes, resolve_precision(config.precision)
     micro = min(config.microbatch, own)
-    rate = dict(lr_scheduler_type="constant") if config.lr_end < 0 else dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=dict(min_lr=config.lr_end))
+    rate = (
+        dict(lr_scheduler_type="constant")
+        if config.lr_end < 0
+        else dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=dict(min_lr=config.lr_end))
+    )
     return dict(
-        num_generations=config.generations, generation_batch_size=config.samples, num_iterations=config.epochs, shuffle_dataset=False, max_completion_length=limit,
-        temperature=config.temperature, top_k=0, top_p=1.0, min_p=None, repetition_penalty=1.0, epsilon=config.clip, disable_dropout=True,
-        **(dict(loss_type=config.loss_type, scale_rewards=config.scale_rewards) if method == "grpo" else dict(normalize_advantages=False)), beta=0.0 if config.kl == "off" else config.kl_coef,
-        max_steps=config.iterations * config.steps_per_round, per_device_train_batch_size=micro, gradient_accumulation_steps=own // micro,
-        learning_rate=config.lr, **rate, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=config.adam_eps, max_grad_norm=config.max_grad_norm,
-        seed=config.seed, use_cpu=not cuda, bf16=precision == "bf16", fp16=precision == "fp16", gradient_checkpointing=config.gradient_checkpointing,
-        output_dir=str(folder), save_strategy="no", logging_steps=config.steps_per_round, logging_nan_inf_filter=False, report_to=list(trackers) or "none",
-        disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False)
+        num_generations=config.generations,
+        generation_batch_size=config.samples,
+        num_iterations=config.epochs,
+        shuffle_dataset=False,
+        max_completion_length=limit,
+        temperature=config.temperature,
+        top_k=0,
+        top_p=1.0,
+        min_p=None,
+        repetition_penalty=1.0,
+        epsilon=config.clip,
+        disable_dropout=True,
+        **(
+            dict(loss_type=config.loss_type, scale_rewards=config.scale_rewards)
+            if method == "grpo"
+            else dict(normalize_advantages=False)
+        ),
+        beta=0.0 if config.kl == "off" else config.kl_coef,
+        max_steps=config.iterations * config.steps_per_round,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=own // micro,
+        learning_rate=config.lr,
+        **rate,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=config.adam_eps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        use_cpu=not cuda,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        output_dir=str(folder),
+        save_strategy="no",
+        logging_steps=config.steps_per_round,
+        logging_nan_inf_filter=False,
+        report_to=list(trackers) or "none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,
+    )
 
 # %% ../nbs/02b_grpo.ipynb #4130a67e
 class _Rounds(TrainerCallback):
     "The log, the curve, and the states from which a run goes on."
+
     def __init__(self, out, config, verifier, measure, eval_every, settings, known, bar):
-        self.out, self.config, self.verifier, self.measure, self.eval_every, self.settings, self.bar = out, config, verifier, measure, eval_every, settings, bar
+        self.out, self.config, self.verifier, self.measure, self.eval_every, self.settings, self.bar = (
+            out,
+            config,
+            verifier,
+            measure,
+            eval_every,
+            settings,
+            bar,
+        )
         self.log, self.curve, self.state = known.get("log", []), known.get("curve", []), world()
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not state.global_step and not self.curve: self.curve += self.measure(model, 0); self.keep(None)
+        if not state.global_step and not self.curve:
+            self.curve += self.measure(model, 0)
+            self.keep(None)
+
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step % self.config.steps_per_round == 0: self.verifier.began = time.perf_counter()
+        if state.global_step % self.config.steps_per_round == 0:
+            self.verifier.began = time.perf_counter()
+
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if "loss" not in (logs or {}): return
-        i, value = state.global_step // self.config.steps_per_round, lambda key: math.nan if logs.get(key) is None else float(logs[key])
-        for name in ("loss", "grad_norm")[:1 if args.fp16 else 2]:               # fp16 skips a step whose gradient overflows
-            if not math.isfinite(value(name)): raise _diverged(f"the {name} is {value(name)} in round {i}", self.out)
-        self.log.append(dict(round=i, reward=value("task_reward"), success=value("success"), silent=value("frac_reward_zero_std"), ended=1 - value("completions/clipped_ratio"),
-                             length=value("completions/mean_length"), tokens_per_second=value("tokens_per_second") * self.state.num_processes, loss=value("loss"), kl=value("kl"),
-                             entropy=value("entropy"), clip_fraction=value("clip_ratio/region_mean"), lr=value("learning_rate"), grad_norm=value("grad_norm"), seconds=time.perf_counter() - self.verifier.began))
-        if not self.log[-1]["ended"] and not self.log[-1]["success"]: warnings.warn(f"no answer of round {i} ended within {args.max_completion_length} tokens: teach the form of an answer first (SFT), or raise max_new_tokens", stacklevel=2)
-        self.bar.set_postfix(reward=f"{self.log[-1]['reward']:.2f}", success=f"{self.log[-1]['success']:.2f}", refresh=False); self.bar.update()
-        if self.state.is_main_process: write_table(self.log, self.out / "log.parquet")
+        if "loss" not in (logs or {}):
+            return
+        i, value = (
+            state.global_step // self.config.steps_per_round,
+            lambda key: math.nan if logs.get(key) is None else float(logs[key]),
+        )
+        for name in ("loss", "grad_norm")[: 1 if args.fp16 else 2]:  # fp16 skips a step whose gradient overflows
+            if not math.isfinite(value(name)):
+                raise _diverged(f"the {name} is {value(name)} in round {i}", self.out)
+        self.log.append(
+            dict(
+                round=i,
+                reward=value("task_reward"),
+                success=value("success"),
+                silent=value("frac_reward_zero_std"),
+                ended=1 - value("completions/clipped_ratio"),
+                length=value("completions/mean_length"),
+                tokens_per_second=value("tokens_per_second") * self.state.num_processes,
+                loss=value("loss"),
+                kl=value("kl"),
+                entropy=value("entropy"),
+                clip_fraction=value("clip_ratio/region_mean"),
+                lr=value("learning_rate"),
+                grad_norm=value("grad_norm"),
+                seconds=time.perf_counter() - self.verifier.began,
+            )
+        )
+        if not self.log[-1]["ended"] and not self.log[-1]["success"]:
+            warnings.warn(
+                f"no answer of round {i} ended within {args.max_completion_length} tokens: teach the form of an answer first (SFT), or raise max_new_tokens",
+                stacklevel=2,
+            )
+        self.bar.set_postfix(
+            reward=f"{self.log[-1]['reward']:.2f}", success=f"{self.log[-1]['success']:.2f}", refresh=False
+        )
+        self.bar.update()
+        if self.state.is_main_process:
+            write_table(self.log, self.out / "log.parquet")
         if i % self.eval_every == 0 or i == self.config.iterations:
             self.curve += self.measure(model, i)
             control.should_save = i < self.config.iterations
+
     def on_save(self, args, state, control, **kwargs):
         self.state.wait_for_everyone()
-        if not self.state.is_main_process: return
+        if not self.state.is_main_process:
+            return
         newest = f"checkpoint-{state.global_step}"
-        self.keep(newest); _only(self.out / "trainer", newest)
-    def keep(self, checkpoint):
-        if self.state.is_main_process: write_json(dict(settings=self.settings, checkpoint=checkpoint, log=self.log, curve=self.curve), self.out / "resume.json")
+        self.keep(newest)
+        _only(self.out / "trainer", newest)
 
-def _diverged(what, out): return FloatingPointError(f"{what}: the training diverged; lower lr, or clip and reward_scale; {out} keeps the last good state")
+    def keep(self, checkpoint):
+        if self.state.is_main_process:
+            write_json(
+                dict(settings=self.settings, checkpoint=checkpoint, log=self.log, curve=self.curve),
+                self.out / "resume.json",
+            )
+
+
+def _diverged(what, out):
+    return FloatingPointError(
+        f"{what}: the training diverged; lower lr, or clip and reward_scale; {out} keeps the last good state"
+    )
+
 
 def _only(folder, name):
     "Removes all states but one."
     for old in folder.glob("checkpoint-*"):
-        if old.name != name: shutil.rmtree(old)
+        if old.name != name:
+            shutil.rmtree(old)
 
 # %% ../nbs/02b_grpo.ipynb #f8a528a0
 @contextmanager
 def _training(network, tokenizer):
     "The model with end and padding tokens as its only generation settings, transformers silent; gives the end tokens. Afterwards all is as it was."
     configs, generation = (network.config, network.config.get_text_config()), network.generation_config
-    kept = [(c, name, getattr(c, name)) for c in configs for name in ("pad_token_id", "use_cache") if hasattr(c, name)]     # the trainers write into these
-    level, bars, own = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), generation.eos_token_id
+    kept = [
+        (c, name, getattr(c, name)) for c in configs for name in ("pad_token_id", "use_cache") if hasattr(c, name)
+    ]  # the trainers write into these
+    level, bars, own = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        generation.eos_token_id,
+    )
     ends = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
     network.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    transformers_logging.set_verbosity_error(); transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)     # which gets another name in transformers 6
+            warnings.filterwarnings(
+                "ignore", ".*gradient_checkpointing.*", FutureWarning
+            )  # which gets another name in transformers 6
             yield ends
     finally:
         transformers_logging.set_verbosity(level)
-        if bars: transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
         network.generation_config = generation
-        for c, name, value in kept: setattr(c, name, value)
+        for c, name, value in kept:
+            setattr(c, name, value)
 
 # %% ../nbs/02b_grpo.ipynb #26469e06
 @one_at_a_time
 def train_grpo(
-    model,            # checkpoint folder to start from, or 'tiny'
-    out,              # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.json and trainer)
-    task,             # the task to learn (ID)
-    config=None,      # a `GRPOConfig`
+    model,  # checkpoint folder to start from, or 'tiny'
+    out,  # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.json and trainer)
+    task,  # the task to learn (ID)
+    config=None,  # a `GRPOConfig`
     eval_tasks=None,  # {name: task}, measured on validation hands
-    eval_every=10,    # rounds between evaluations, and between the states from which a killed run goes on
-    n_eval=400,       # validation problems per evaluation and rule
+    eval_every=10,  # rounds between evaluations, and between the states from which a killed run goes on
+    n_eval=400,  # validation problems per evaluation and rule
     progress=True,
-    method="grpo",    # 'grpo' or 'rloo'
-    trackers=(),      # where else to log: 'tensorboard', 'wandb', 'trackio', …
-) -> pd.DataFrame:    # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
+    method="grpo",  # 'grpo' or 'rloo'
+    trackers=(),  # where else to log: 'tensorboard', 'wandb', 'trackio', …
+) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
     "GRPO or RLOO on one rule; goes on where it was when `out` holds an unfinished run with the same settings."
     import trl
+
     config, out, state = config or GRPOConfig(), Path(out), world()
-    if method not in ("grpo", "rloo"): raise ValueError(f"method is {method!r}: expected grpo or rloo")
+    if method not in ("grpo", "rloo"):
+        raise ValueError(f"method is {method!r}: expected grpo or rloo")
     kl = "loss" if method == "grpo" else "reward"
-    if config.kl not in ("off", kl): raise ValueError(f"GRPOConfig.kl is {config.kl!r}: expected 'off' or {kl!r} with method {method!r}")
+    if config.kl not in ("off", kl):
+        raise ValueError(f"GRPOConfig.kl is {config.kl!r}: expected 'off' or {kl!r} with method {method!r}")
     check_numbers("train_grpo", dict(eval_every=eval_every, n_eval=n_eval), counts=("eval_every", "n_eval"))
-    settings = dataclasses.asdict(config) | dict(method=method, precision=resolve_precision(config.precision), model=str(model), task=task_name(task), processes=state.num_processes, eval_every=eval_every,
-                                                 n_eval=n_eval, eval_tasks={rule: task_name(t) for rule, t in (eval_tasks or {}).items()})
+    settings = dataclasses.asdict(config) | dict(
+        method=method,
+        precision=resolve_precision(config.precision),
+        model=str(model),
+        task=task_name(task),
+        processes=state.num_processes,
+        eval_every=eval_every,
+        n_eval=n_eval,
+        eval_tasks={rule: task_name(t) for rule, t in (eval_tasks or {}).items()},
+    )
     known = json.loads((out / "resume.json").read_text()) if (out / "resume.json").exists() else {}
-    def end(): return complete(out, settings, "resume.json", "trainer")
-    if finished(out, settings, known.get("settings")): return end()
+
+    def end():
+        return complete(out, settings, "resume.json", "trainer")
+
+    if finished(out, settings, known.get("settings")):
+        return end()
     limit = config.max_new_tokens or getattr(task, "max_new_tokens", 512)
     arguments = _arguments(config, method, out / "trainer", limit, state.num_processes, trackers)
     problems = training_problems(task, config)
     set_seed(config.seed)
     network, tokenizer = load_model(model, dtype=config.dtype)
     check_padding(network, tokenizer, [prompt_ids(tokenizer, task, p) for p in problems[:1000]])
-    if state.is_main_process: out.mkdir(parents=True, exist_ok=True); _only(out / "trainer", known.get("checkpoint"))
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        _only(out / "trainer", known.get("checkpoint"))
     state.wait_for_everyone()
-    if "tensorboard" in trackers: os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
+    if "tensorboard" in trackers:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
 
     def measure(net, step):
         rows = []
@@ -266,18 +475,45 @@ def train_grpo(
             table = evaluate((net, tokenizer), t, problems=t.problems("validation", n_eval, 1), attempts=1, share=True)
             rows.append(curve_row(table, step=step, rule=rule, set="validation"))
         return rows
-    with accumulating(arguments["gradient_accumulation_steps"]), _training(network, tokenizer) as ends, tqdm(initial=len(known.get("log", [])), total=config.iterations, desc=method.upper(), unit="round", leave=False, disable=not (progress and state.is_main_process)) as bar:
+
+    with (
+        accumulating(arguments["gradient_accumulation_steps"]),
+        _training(network, tokenizer) as ends,
+        tqdm(
+            initial=len(known.get("log", [])),
+            total=config.iterations,
+            desc=method.upper(),
+            unit="round",
+            leave=False,
+            disable=not (progress and state.is_main_process),
+        ) as bar,
+    ):
         verifier = Verifier(task, problems, tokenizer, ends, config.reward_scale)
         rounds = _Rounds(out, config, verifier, measure, eval_every, settings, known, bar)
-        Trainer, Arguments = (trl.GRPOTrainer, trl.GRPOConfig) if method == "grpo" else (trl.RLOOTrainer, trl.RLOOConfig)
-        trainer = type(Trainer.__name__, (Float32Outputs, Trainer), {})(model=network, reward_funcs=verifier, args=one_gpu(Arguments(**arguments)), train_dataset=prompt_dataset(task, problems), processing_class=tokenizer, callbacks=[rounds],
-                          peft_config=lora_config(config.lora) if config.lora else None)
-        for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
-        try: trainer.train(resume_from_checkpoint=str(out / "trainer" / known["checkpoint"]) if known.get("checkpoint") else None)
+        Trainer, Arguments = (
+            (trl.GRPOTrainer, trl.GRPOConfig) if method == "grpo" else (trl.RLOOTrainer, trl.RLOOConfig)
+        )
+        trainer = type(Trainer.__name__, (Float32Outputs, Trainer), {})(
+            model=network,
+            reward_funcs=verifier,
+            args=one_gpu(Arguments(**arguments)),
+            train_dataset=prompt_dataset(task, problems),
+            processing_class=tokenizer,
+            callbacks=[rounds],
+            peft_config=lora_config(config.lora) if config.lora else None,
+        )
+        for noisy in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(noisy)
+        try:
+            trainer.train(
+                resume_from_checkpoint=str(out / "trainer" / known["checkpoint"]) if known.get("checkpoint") else None
+            )
         except RuntimeError as e:
-            if "probability tensor" not in str(e): raise
+            if "probability tensor" not in str(e):
+                raise
             raise _diverged(f"the probabilities are no numbers in round {len(rounds.log) + 1}", out) from e
     save_model(trainer.model, tokenizer, out / "checkpoint")
     release(trainer.model_wrapped)
-    if state.is_main_process: write_table(rounds.curve, out / "curve.parquet")
+    if state.is_main_process:
+        write_table(rounds.curve, out / "curve.parquet")
     return end()

@@ -9,12 +9,20 @@ __all__ = ['PPOConfig', 'Rollout', 'collate', 'rollout', 'ValueHead', 'ActorCrit
            'whiten', 'ppo_loss', 'my_rows', 'check_launch', 'Experience', 'learning_rate', 'train_ppo', 'VLLMSampler']
 
 # %% ../nbs/02_ppo.ipynb #9b427899
-import copy, dataclasses, math, os, shutil, time, warnings
+import copy
+import dataclasses
+import math
+import os
+import shutil
+import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -22,188 +30,308 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .folders import atomic
-from .sft import check_numbers, complete, curve_row, evaluate, finished, full_state, gather_to_generate, generate, inference, is_sharded, keep_float32, release, load_model, lora_config, one_at_a_time, play
-from .sft import refuse_diverged, resolve_precision, save_model, task_name, world, write_table, _end_tokens, _merged_state, _no_outlook, _on_cpu
+from gp_spectral.sft import (
+    check_numbers,
+    complete,
+    curve_row,
+    evaluate,
+    finished,
+    full_state,
+    gather_to_generate,
+    generate,
+    inference,
+    is_sharded,
+    keep_float32,
+    release,
+    load_model,
+    lora_config,
+    one_at_a_time,
+    play,
+)
+from gp_spectral.sft import (
+    refuse_diverged,
+    resolve_precision,
+    save_model,
+    task_name,
+    world,
+    write_table,
+    _end_tokens,
+    _merged_state,
+    _no_outlook,
+    _on_cpu,
+)
 
 # %% ../nbs/02_ppo.ipynb #92019fb9
 @dataclass
 class PPOConfig:
     "All settings of `train_ppo`. The defaults are for the model that comes with the package."
+
     # rolling out
-    iterations: int = 30          # rollout-and-update rounds
-    samples: int = 192            # episodes per round, over all processes
-    attempts: int = 1             # turns per episode
-    temperature: float = 1.0      # of sampling, and of the log-probabilities that are optimised
-    max_new_tokens: int = 0       # per turn; 0 asks the task
+    iterations: int = 30  # rollout-and-update rounds
+    samples: int = 192  # episodes per round, over all processes
+    attempts: int = 1  # turns per episode
+    temperature: float = 1.0  # of sampling, and of the log-probabilities that are optimised
+    max_new_tokens: int = 0  # per turn; 0 asks the task
     # advantages
-    level: str = "token"          # what an action is: 'token', or 'turn' (the published code)
-    gamma: float = 1.0            # discount per action
-    lam: float = 0.95             # GAE
-    reward_scale: float = 0.2     # rewards are multiplied by this
-    whiten: bool = True           # advantages to mean 0, standard deviation 1 over a round's actions
+    level: str = "token"  # what an action is: 'token', or 'turn' (the published code)
+    gamma: float = 1.0  # discount per action
+    lam: float = 0.95  # GAE
+    reward_scale: float = 0.2  # rewards are multiplied by this
+    whiten: bool = True  # advantages to mean 0, standard deviation 1 over a round's actions
     # the loss
-    clip: float = 0.2             # of the probability ratio
-    value_coef: float = 0.1       # weight of the value loss
-    value_clip: float = 0.0       # how far a value may move in a round before its loss is clipped; 0: no clipping
-    entropy_coef: float = 0.0     # weight of an entropy bonus
-    kl: str = "off"               # KL to the starting policy: 'off', 'loss' (a term of the loss), 'reward' (taken off each token's reward)
-    kl_coef: float = 0.05         # its weight
-    importance_cap: float = 2.0   # largest weight of a token that another engine sampled; see `VLLMSampler`
+    clip: float = 0.2  # of the probability ratio
+    value_coef: float = 0.1  # weight of the value loss
+    value_clip: float = 0.0  # how far a value may move in a round before its loss is clipped; 0: no clipping
+    entropy_coef: float = 0.0  # weight of an entropy bonus
+    kl: str = (
+        "off"  # KL to the starting policy: 'off', 'loss' (a term of the loss), 'reward' (taken off each token's reward)
+    )
+    kl_coef: float = 0.05  # its weight
+    importance_cap: float = 2.0  # largest weight of a token that another engine sampled; see `VLLMSampler`
     # the steps
-    epochs: int = 2               # passes over a round's episodes
-    minibatch: int = 96           # episodes per optimizer step, over all processes
-    microbatch: int = 96          # episodes per forward pass and process (gradients are accumulated)
-    lr: float = 3e-4              # AdamW on the policy
-    lr_end: float = -1.0          # cosine from lr to lr_end over all optimizer steps; negative: constant
-    value_lr: float = 1e-3        # AdamW on the value function
+    epochs: int = 2  # passes over a round's episodes
+    minibatch: int = 96  # episodes per optimizer step, over all processes
+    microbatch: int = 96  # episodes per forward pass and process (gradients are accumulated)
+    lr: float = 3e-4  # AdamW on the policy
+    lr_end: float = -1.0  # cosine from lr to lr_end over all optimizer steps; negative: constant
+    value_lr: float = 1e-3  # AdamW on the value function
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
-    target_kl: float = 0.0        # leave a round's updates when the approximate KL to the rollout policy exceeds it; 0: never
+    target_kl: float = 0.0  # leave a round's updates when the approximate KL to the rollout policy exceeds it; 0: never
     # the model
-    value_head: str = "linear"    # value function: 'linear', zero at the start; 'mlp' (h, h/4, h/8, 1); 'model', a transformer of its own
-    lora: int = 0                 # LoRA rank; 0 trains all weights
-    dtype: str = "float32"        # of weights and updates
-    precision: str = "auto"       # of the arithmetic: 'no', 'bf16'; 'auto' as in `resolve_precision`
+    value_head: str = "linear"  # value function: 'linear', zero at the start; 'mlp' (h, h/4, h/8, 1); 'model', a transformer of its own
+    lora: int = 0  # LoRA rank; 0 trains all weights
+    dtype: str = "float32"  # of weights and updates
+    precision: str = "auto"  # of the arithmetic: 'no', 'bf16'; 'auto' as in `resolve_precision`
     gradient_checkpointing: bool = False
-    published: bool = False       # with level 'turn': repeat the published code's mistakes, see below
+    published: bool = False  # with level 'turn': repeat the published code's mistakes, see below
     # the run
     seed: int = 0
-    save_every: int = 1           # rounds between states from which a killed run goes on
-    vllm: str = ""                # address of a vLLM server that samples; see `VLLMSampler`
+    save_every: int = 1  # rounds between states from which a killed run goes on
+    vllm: str = ""  # address of a vLLM server that samples; see `VLLMSampler`
 
     def __post_init__(self):
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed: raise ValueError(f"PPOConfig.{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"PPOConfig.{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         check_numbers("PPOConfig", vars(self), **_RANGES)
-        if not math.isfinite(self.lr_end): raise ValueError(f"PPOConfig.lr_end is {self.lr_end}: expected a number; a negative one keeps the rate constant")
-        if self.published and self.level != "turn": raise ValueError("PPOConfig.published is True: expected level 'turn' with it")
+        if not math.isfinite(self.lr_end):
+            raise ValueError(
+                f"PPOConfig.lr_end is {self.lr_end}: expected a number; a negative one keeps the rate constant"
+            )
+        if self.published and self.level != "turn":
+            raise ValueError("PPOConfig.published is True: expected level 'turn' with it")
 
-_CHOICES = dict(level=("token", "turn"), value_head=("linear", "mlp", "model"), kl=("off", "loss", "reward"), precision=("auto", "no", "bf16"),
-                dtype=("float32", "bfloat16"))
-_RANGES = dict(above_zero=("temperature", "reward_scale", "clip", "importance_cap", "lr", "adam_eps", "max_grad_norm"),
-               counts=("iterations", "samples", "attempts", "epochs", "minibatch", "microbatch", "save_every"), counts_from_zero=("max_new_tokens", "lora", "seed"),
-               from_zero=("gamma", "lam", "value_coef", "value_clip", "entropy_coef", "kl_coef", "value_lr", "target_kl"))
+
+_CHOICES = dict(
+    level=("token", "turn"),
+    value_head=("linear", "mlp", "model"),
+    kl=("off", "loss", "reward"),
+    precision=("auto", "no", "bf16"),
+    dtype=("float32", "bfloat16"),
+)
+_RANGES = dict(
+    above_zero=("temperature", "reward_scale", "clip", "importance_cap", "lr", "adam_eps", "max_grad_norm"),
+    counts=("iterations", "samples", "attempts", "epochs", "minibatch", "microbatch", "save_every"),
+    counts_from_zero=("max_new_tokens", "lora", "seed"),
+    from_zero=("gamma", "lam", "value_coef", "value_clip", "entropy_coef", "kl_coef", "value_lr", "target_kl"),
+)
 
 # %% ../nbs/02_ppo.ipynb #8ed885b3
 @dataclass
 class Rollout:
     "A batch of episodes as tensors; B episodes, T positions."
-    ids: torch.Tensor        # (B, T) token ids, padded on the right
+
+    ids: torch.Tensor  # (B, T) token ids, padded on the right
     attention: torch.Tensor  # (B, T) 1 where there is a token
-    turns: torch.Tensor      # (B, T) attempt that chose the token, counted from 0; -1 for prompts, feedback and padding
-    rewards: torch.Tensor    # (B, T) scaled reward, on the last token of each attempt
-    sampled: torch.Tensor    # (B, T) log-probability that the sampler told; NaN where it told none
+    turns: torch.Tensor  # (B, T) attempt that chose the token, counted from 0; -1 for prompts, feedback and padding
+    rewards: torch.Tensor  # (B, T) scaled reward, on the last token of each attempt
+    sampled: torch.Tensor  # (B, T) log-probability that the sampler told; NaN where it told none
     episodes: list
 
     @property
-    def mask(self): "(B, T) True where the model chose the token."; return self.turns >= 0
+    def mask(self):
+        "(B, T) True where the model chose the token."
+        return self.turns >= 0
+
     @property
-    def lengths(self): "(B,) tokens of each episode."; return self.attention.sum(1)
-    def tensors(self): return self.ids, self.attention, self.turns, self.rewards, self.sampled
-    def __len__(self): return len(self.ids)
-    def __getitem__(self, rows):      # no wider than it must be
-        return Rollout(*(x[rows, :int(self.lengths[rows].max())] for x in self.tensors()), [self.episodes[i] for i in rows.tolist()])
-    def to(self, device): return Rollout(*(x.to(device) for x in self.tensors()), self.episodes)
+    def lengths(self):
+        "(B,) tokens of each episode."
+        return self.attention.sum(1)
+
+    def tensors(self):
+        return self.ids, self.attention, self.turns, self.rewards, self.sampled
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, rows):  # no wider than it must be
+        return Rollout(
+            *(x[rows, : int(self.lengths[rows].max())] for x in self.tensors()),
+            [self.episodes[i] for i in rows.tolist()],
+        )
+
+    def to(self, device):
+        return Rollout(*(x.to(device) for x in self.tensors()), self.episodes)
+
 
 def collate(episodes, pad, reward_scale=1.0) -> Rollout:
     "Episodes side by side."
     B, T = len(episodes), max(len(e.ids) for e in episodes)
-    ids, turns, rewards, sampled = torch.full((B, T), pad), torch.full((B, T), -1), torch.zeros(B, T), torch.full((B, T), math.nan)
+    ids, turns, rewards, sampled = (
+        torch.full((B, T), pad),
+        torch.full((B, T), -1),
+        torch.zeros(B, T),
+        torch.full((B, T), math.nan),
+    )
     attention = torch.zeros(B, T, dtype=torch.long)
     for i, e in enumerate(episodes):
-        ids[i, :len(e.ids)] = torch.tensor(e.ids); attention[i, :len(e.ids)] = 1
+        ids[i, : len(e.ids)] = torch.tensor(e.ids)
+        attention[i, : len(e.ids)] = 1
         for k, t in enumerate(e.turns):
-            turns[i, t.start:t.end] = k
-            if t.end > t.start: rewards[i, t.end - 1] = t.feedback.reward * reward_scale
-            if t.logp is not None: sampled[i, t.start:t.end] = torch.tensor(t.logp)
+            turns[i, t.start : t.end] = k
+            if t.end > t.start:
+                rewards[i, t.end - 1] = t.feedback.reward * reward_scale
+            if t.logp is not None:
+                sampled[i, t.start : t.end] = torch.tensor(t.logp)
     return Rollout(ids, attention, turns, rewards, sampled, episodes)
 
+
 def rollout(
-    model, tokenizer, task,
-    problems,            # what to play
+    model,
+    tokenizer,
+    task,
+    problems,  # what to play
     config=PPOConfig(),  # attempts, temperature, max_new_tokens, reward_scale
-    batch_size=None,     # see `play`
-    round=0,             # with config.seed: which random numbers to sample by
-    share=False,         # see `play`
-    sampler=generate,    # see `play`
+    batch_size=None,  # see `play`
+    round=0,  # with config.seed: which random numbers to sample by
+    share=False,  # see `play`
+    sampler=generate,  # see `play`
 ) -> Rollout:
     "Plays `problems` with the current policy."
-    episodes = play(model, tokenizer, task, problems, config.attempts + config.published, config.temperature, config.max_new_tokens or None, batch_size,
-                    seed=(config.seed, round), share=share, sampler=sampler)
+    episodes = play(
+        model,
+        tokenizer,
+        task,
+        problems,
+        config.attempts + config.published,
+        config.temperature,
+        config.max_new_tokens or None,
+        batch_size,
+        seed=(config.seed, round),
+        share=share,
+        sampler=sampler,
+    )
     for e in episodes if config.published else []:
         last = e.turns[-1]
-        if len(e.turns) > config.attempts: last.feedback = dataclasses.replace(last.feedback, reward=-1.0, solved=False, message="step_limit_reached")
+        if len(e.turns) > config.attempts:
+            last.feedback = dataclasses.replace(last.feedback, reward=-1.0, solved=False, message="step_limit_reached")
     return collate(episodes, tokenizer.pad_token_id, config.reward_scale)
 
 # %% ../nbs/02_ppo.ipynb #18669f29
 def _no_dropout(model):
     "With dropout the ratio of probabilities would compare two different networks."
     for m in model.modules():
-        if isinstance(m, nn.Dropout): m.p = 0.0
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
         for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(m, name, None), float): setattr(m, name, 0.0)
+            if isinstance(getattr(m, name, None), float):
+                setattr(m, name, 0.0)
+
 
 class ValueHead(nn.Sequential):
     "From a hidden state to a value: 'linear', zero at the start, or 'mlp'. Its weights are float32 whatever the model's are; FSDP2 shards it by itself."
+
     def __init__(self, h, kind="linear"):
-        if kind == "mlp": super().__init__(nn.Linear(h, h // 4), nn.ReLU(), nn.Linear(h // 4, h // 8), nn.ReLU(), nn.Linear(h // 8, 1))
+        if kind == "mlp":
+            super().__init__(
+                nn.Linear(h, h // 4), nn.ReLU(), nn.Linear(h // 4, h // 8), nn.ReLU(), nn.Linear(h // 8, 1)
+            )
         else:
             super().__init__(nn.Linear(h, 1))
-            for p in self.parameters(): nn.init.zeros_(p)
-    def forward(self, hidden): return super().forward(hidden.to(self[0].weight.dtype)).squeeze(-1).float()
+            for p in self.parameters():
+                nn.init.zeros_(p)
+
+    def forward(self, hidden):
+        return super().forward(hidden.to(self[0].weight.dtype)).squeeze(-1).float()
 
 # %% ../nbs/02_ppo.ipynb #43f69b07
 class ActorCritic(nn.Module):
     "A causal language model and a value function: a head on the model's last hidden state, or on that of a second transformer."
+
     def __init__(self, model, head="linear"):
         super().__init__()
         trunk = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.model, self.critic, self._no_split_modules = model, None, [*(getattr(trunk, "_no_split_modules", None) or []), "ValueHead"]
+        self.model, self.critic, self._no_split_modules = (
+            model,
+            None,
+            [*(getattr(trunk, "_no_split_modules", None) or []), "ValueHead"],
+        )
         if head == "model":
             self.critic = copy.deepcopy(trunk.get_decoder()).requires_grad_(True)
-            for name, module in list(self.critic.named_modules()):                  # adapters are the policy's
-                if hasattr(module, "lora_A"): self.critic.set_submodule(name, module.get_base_layer())
+            for name, module in list(self.critic.named_modules()):  # adapters are the policy's
+                if hasattr(module, "lora_A"):
+                    self.critic.set_submodule(name, module.get_base_layer())
         self.value_head = ValueHead(model.config.get_text_config().hidden_size, head).to(self.device)
         _no_dropout(self)
         self.eval()
 
     @property
-    def device(self): return next(self.parameters()).device
-    @property
-    def generation_config(self): return self.model.generation_config
-    @generation_config.setter
-    def generation_config(self, value): self.model.generation_config = value
-    def generate(self, **kwargs): return self.model.generate(**kwargs)
+    def device(self):
+        return next(self.parameters()).device
 
-    def forward(self,
-        ids,              # (B, T)
-        attention,        # (B, T)
+    @property
+    def generation_config(self):
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        self.model.generation_config = value
+
+    def generate(self, **kwargs):
+        return self.model.generate(**kwargs)
+
+    def forward(
+        self,
+        ids,  # (B, T)
+        attention,  # (B, T)
         temperature=1.0,
-        chosen=None,      # (B, T) bool: the tokens that are asked about; None: all but the first
-        bonus=False,      # whether the entropy's gradient is wanted
-    ):                    # log-probability of each, value of the state before it, entropy of its distribution: (B, T), zero elsewhere
+        chosen=None,  # (B, T) bool: the tokens that are asked about; None: all but the first
+        bonus=False,  # whether the entropy's gradient is wanted
+    ):  # log-probability of each, value of the state before it, entropy of its distribution: (B, T), zero elsewhere
         chosen = (attention if chosen is None else chosen).bool() & (torch.arange(ids.shape[1], device=ids.device) > 0)
-        before = nn.functional.pad(chosen[:, 1:], (0, 1))                                       # (B, T): the positions that predict them
-        columns = before.any(0).nonzero().squeeze(-1)                                           # (C,)
-        inputs = dict(input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(-1) - 1).clamp(min=0), use_cache=False)
+        before = nn.functional.pad(chosen[:, 1:], (0, 1))  # (B, T): the positions that predict them
+        columns = before.any(0).nonzero().squeeze(-1)  # (C,)
+        inputs = dict(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        )
         out = self.model(**inputs, output_hidden_states=self.critic is None, logits_to_keep=columns)
         hidden = out.hidden_states[-1] if self.critic is None else self.critic(**inputs).last_hidden_state
-        logits = out.logits if out.logits.shape[1] == len(columns) else out.logits[:, columns]  # for models that do not know logits_to_keep
-        logits = logits[before[:, columns]].float() / temperature                               # (n, V)
+        logits = (
+            out.logits if out.logits.shape[1] == len(columns) else out.logits[:, columns]
+        )  # for models that do not know logits_to_keep
+        logits = logits[before[:, columns]].float() / temperature  # (n, V)
         total = logits.logsumexp(-1)
         logp = logits.gather(-1, ids[chosen][:, None]).squeeze(-1) - total
-        with torch.set_grad_enabled(bonus and torch.is_grad_enabled()): entropy = total - (logits.softmax(-1) * logits).sum(-1)
+        with torch.set_grad_enabled(bonus and torch.is_grad_enabled()):
+            entropy = total - (logits.softmax(-1) * logits).sum(-1)
         place = lambda x: torch.zeros(ids.shape, device=ids.device).masked_scatter(chosen, x)
         return place(logp), place(self.value_head(hidden[before])), place(entropy)
 
 # %% ../nbs/02_ppo.ipynb #eec5dc08
 def score(net, batch, temperature=1.0, microbatch=96):
     "Log-probabilities and values of a rollout, (B, T) each, without gradients; episodes of like length together."
-    logp = torch.zeros(batch.ids.shape, device=batch.ids.device); values = torch.zeros_like(logp)
+    logp = torch.zeros(batch.ids.shape, device=batch.ids.device)
+    values = torch.zeros_like(logp)
     for rows in batch.lengths.argsort(stable=True).split(microbatch):
         b = batch[rows]
-        with inference(net): found = net(b.ids, b.attention, temperature, b.mask)
-        for x, y in zip((logp, values), found): x[rows, :b.ids.shape[1]] = y
+        with inference(net):
+            found = net(b.ids, b.attention, temperature, b.mask)
+        for x, y in zip((logp, values), found):
+            x[rows, : b.ids.shape[1]] = y
     return logp, values
 
 # %% ../nbs/02_ppo.ipynb #26122b6b
@@ -212,11 +340,15 @@ def _turn_starts(turns):
     before = nn.functional.pad(turns, (1, 0), value=-1)[:, :-1]
     return (turns >= 0) & (turns != before)
 
+
 def _turn_sum(x, turns):
     "(B, T): at every token of a turn the sum of `x` over the turn; zero elsewhere."
     where = turns.clamp(min=0)
-    sums = torch.zeros(len(x), int(where.max()) + 1, dtype=x.dtype, device=x.device).scatter_add(1, where, x * (turns >= 0))
+    sums = torch.zeros(len(x), int(where.max()) + 1, dtype=x.dtype, device=x.device).scatter_add(
+        1, where, x * (turns >= 0)
+    )
     return sums.gather(1, where) * (turns >= 0)
+
 
 def _chained_gae(rewards, values, starts, solved, gamma, lam):
     "The published advantages: all turns in one row, and only a solved hand ends."
@@ -231,23 +363,29 @@ def _chained_gae(rewards, values, starts, solved, gamma, lam):
 
 # %% ../nbs/02_ppo.ipynb #6309acc1
 def compute_gae(
-    rewards,       # (B, T), on the last token of each turn
-    values,        # (B, T), of the state before each token
-    mask,          # (B, T) bool: the tokens that the model chose
-    gamma=1.0,     # discount per action
+    rewards,  # (B, T), on the last token of each turn
+    values,  # (B, T), of the state before each token
+    mask,  # (B, T) bool: the tokens that the model chose
+    gamma=1.0,  # discount per action
     lam=0.95,
-    turns=None,    # (B, T) turn of each chosen token (-1 elsewhere), needed when level is 'turn'
-    level="token", # what an action is: 'token' or 'turn'
-    solved=None,   # (B,) bool, with level 'turn': chain the episodes, of which only the solved ones end (the published code)
-):                 # (advantages, returns): (B, T), zero where there is no action; with 'turn', every token of a turn has the turn's advantage
+    turns=None,  # (B, T) turn of each chosen token (-1 elsewhere), needed when level is 'turn'
+    level="token",  # what an action is: 'token' or 'turn'
+    solved=None,  # (B,) bool, with level 'turn': chain the episodes, of which only the solved ones end (the published code)
+):  # (advantages, returns): (B, T), zero where there is no action; with 'turn', every token of a turn has the turn's advantage
     "Generalised advantage estimation over the actions of each episode."
     if level == "turn":
         starts = _turn_starts(turns)
         per_turn = _turn_sum(rewards, turns) * starts
-        if solved is None: advantages, returns = compute_gae(per_turn, values, starts, gamma, lam)
-        else: advantages, returns = _chained_gae(per_turn, values, starts, solved, gamma, lam)
+        if solved is None:
+            advantages, returns = compute_gae(per_turn, values, starts, gamma, lam)
+        else:
+            advantages, returns = _chained_gae(per_turn, values, starts, solved, gamma, lam)
         return _turn_sum(advantages, turns), returns
-    advantages, carry, next_value = torch.zeros_like(values), torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    advantages, carry, next_value = (
+        torch.zeros_like(values),
+        torch.zeros_like(values[:, 0]),
+        torch.zeros_like(values[:, 0]),
+    )
     for t in reversed(range(values.shape[1])):
         act = mask[:, t]
         new = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * carry
@@ -257,68 +395,85 @@ def compute_gae(
 
 # %% ../nbs/02_ppo.ipynb #cb8f3801
 def penalised(
-    rewards,          # (B, T)
-    logp, ref_logp,   # (B, T) log-probabilities when sampled, of the policy and of the reference
-    mask,             # (B, T) the tokens that the model chose
-    kl_coef,          # β
-):                    # (B, T)
+    rewards,  # (B, T)
+    logp,
+    ref_logp,  # (B, T) log-probabilities when sampled, of the policy and of the reference
+    mask,  # (B, T) the tokens that the model chose
+    kl_coef,  # β
+):  # (B, T)
     "Rewards with the KL to the reference taken off, token by token: r − β (log π − log π_ref)."
     return rewards - kl_coef * (logp - ref_logp) * mask
+
 
 def whiten(x, mask, over=None):
     "Mean 0 and standard deviation 1 over the masked entries, or those `over`; unchanged when they do not vary."
     chosen = x[mask if over is None else over]
-    if chosen.numel() < 2 or chosen.std() < 1e-8: return x * mask
+    if chosen.numel() < 2 or chosen.std() < 1e-8:
+        return x * mask
     return (x - chosen.mean()) / chosen.std() * mask
 
 # %% ../nbs/02_ppo.ipynb #9426023d
 def ppo_loss(
-    logp, old_logp,      # (B, T) log-probabilities now and when sampled
-    advantages,          # (B, T)
-    values, returns,     # (B, T)
-    turns,               # (B, T) turn of each chosen token, -1 elsewhere
+    logp,
+    old_logp,  # (B, T) log-probabilities now and when sampled
+    advantages,  # (B, T)
+    values,
+    returns,  # (B, T)
+    turns,  # (B, T) turn of each chosen token, -1 elsewhere
     config,
-    entropy=None,        # (B, T)
-    ref_logp=None,       # (B, T) of the reference policy
-    n_actions=None,      # actions in the whole optimizer step; None: those here
-    old_values=None,     # (B, T) when sampled, for config.value_clip
-    weights=None,        # (B, T) importance of each token, where another engine sampled
-    n_tokens=None,       # chosen tokens in the whole optimizer step, for entropy and KL; None: those here
-):                       # (loss, statistics as floats, each a sum over actions, or over tokens for entropy and kl_ref)
+    entropy=None,  # (B, T)
+    ref_logp=None,  # (B, T) of the reference policy
+    n_actions=None,  # actions in the whole optimizer step; None: those here
+    old_values=None,  # (B, T) when sampled, for config.value_clip
+    weights=None,  # (B, T) importance of each token, where another engine sampled
+    n_tokens=None,  # chosen tokens in the whole optimizer step, for entropy and KL; None: those here
+):  # (loss, statistics as floats, each a sum over actions, or over tokens for entropy and kl_ref)
     "PPO's clipped loss."
     mask = acts = turns >= 0
     if config.published:
         logp, old_logp, mask = logp.bfloat16().float(), old_logp.bfloat16().float(), mask & ~_turn_starts(turns)
     log_ratio = (logp - old_logp) * mask
-    if weights is not None: weights = torch.where(mask, weights, 1.0)
+    if weights is not None:
+        weights = torch.where(mask, weights, 1.0)
     if config.level == "turn":
         acts, log_ratio = _turn_starts(turns), _turn_sum(log_ratio, turns)
-        if weights is not None: weights = _turn_sum(weights.log(), turns).exp().clamp(max=config.importance_cap)
+        if weights is not None:
+            weights = _turn_sum(weights.log(), turns).exp().clamp(max=config.importance_cap)
     n, tokens = n_actions or acts.sum(), n_tokens or (turns >= 0).sum()
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - config.clip, 1 + config.clip) * advantages)
-    if weights is not None: surrogate = surrogate * weights
+    if weights is not None:
+        surrogate = surrogate * weights
     error = (values - returns) ** 2
     if config.value_clip:
         near = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
         error = torch.maximum(error, (near - returns) ** 2)
     policy, value = -torch.where(acts, surrogate, 0.0).sum(), 0.5 * torch.where(acts, error, 0.0).sum()
     loss = (policy + config.value_coef * value) / n
-    if config.entropy_coef: loss = loss - config.entropy_coef * (entropy * mask).sum() / tokens
-    kl_ref = ((ref_logp - logp).exp() - 1 - (ref_logp - logp)) * mask if ref_logp is not None else torch.zeros_like(logp)
-    if config.kl == "loss": loss = loss + config.kl_coef * kl_ref.sum() / tokens
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * (entropy * mask).sum() / tokens
+    kl_ref = (
+        ((ref_logp - logp).exp() - 1 - (ref_logp - logp)) * mask if ref_logp is not None else torch.zeros_like(logp)
+    )
+    if config.kl == "loss":
+        loss = loss + config.kl_coef * kl_ref.sum() / tokens
     with torch.no_grad():
-        stats = dict(policy_loss=policy, value_loss=value, approx_kl=((ratio - 1 - log_ratio) * acts).sum(),
-                     clip_fraction=(((ratio - 1).abs() > config.clip) * acts).sum(), kl_ref=kl_ref.sum(),
-                     entropy=(entropy * mask).sum() if entropy is not None else torch.zeros(()))
+        stats = dict(
+            policy_loss=policy,
+            value_loss=value,
+            approx_kl=((ratio - 1 - log_ratio) * acts).sum(),
+            clip_fraction=(((ratio - 1).abs() > config.clip) * acts).sum(),
+            kl_ref=kl_ref.sum(),
+            entropy=(entropy * mask).sum() if entropy is not None else torch.zeros(()),
+        )
     return loss, {k: float(v.detach()) for k, v in stats.items()}
 
 # %% ../nbs/02_ppo.ipynb #0c677783
 def my_rows(
-    rows,    # (n,) the rows of a minibatch
-    rank,    # this process
-    ranks,   # of so many
-):           # (rows (ceil(n / ranks),), counts (the same,) bool: False for a row that only fills up)
+    rows,  # (n,) the rows of a minibatch
+    rank,  # this process
+    ranks,  # of so many
+):  # (rows (ceil(n / ranks),), counts (the same,) bool: False for a row that only fills up)
     "The rows that fall to a process; every process has as many."
     n = -(-len(rows) // ranks)
     filled = torch.cat([rows, rows[:1].expand(n * ranks - len(rows))])
@@ -326,128 +481,196 @@ def my_rows(
 
 # %% ../nbs/02_ppo.ipynb #35efa55f
 def check_launch(
-    config,   # a `PPOConfig`
+    config,  # a `PPOConfig`
 ):
     "A `ValueError` where PPO cannot run as `accelerate launch` was told, as far as the environment says it."
     said = lambda name: os.environ.get(name, "").lower()
-    if resolve_precision(config.precision) == "fp16": raise ValueError("train_ppo knows no fp16, which accelerate was launched with: --mixed_precision bf16, or no")
-    if said("ACCELERATE_USE_DEEPSPEED") == "true" and said("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3": raise ValueError(_NO_ZERO3)
-    if said("ACCELERATE_USE_FSDP") == "true" and said("FSDP_VERSION") in ("", "1"): raise ValueError(_NO_FSDP1)
+    if resolve_precision(config.precision) == "fp16":
+        raise ValueError("train_ppo knows no fp16, which accelerate was launched with: --mixed_precision bf16, or no")
+    if said("ACCELERATE_USE_DEEPSPEED") == "true" and said("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise ValueError(_NO_ZERO3)
+    if said("ACCELERATE_USE_FSDP") == "true" and said("FSDP_VERSION") in ("", "1"):
+        raise ValueError(_NO_FSDP1)
+
 
 _NO_ZERO3 = "train_ppo cannot play with a model that DeepSpeed's ZeRO-3 has cut up: use configs/zero2.yaml or configs/fsdp2.yaml"
 _NO_FSDP1 = "train_ppo needs FSDP2: set fsdp_version: 2, as configs/fsdp2.yaml does"
 
+
 def _accelerator(config, trackers=(), folder=None):
-    AcceleratorState._reset_state(True)                           # what a trainer of transformers left behind is made for its model, not for this one
-    world()                                                       # comes first: it says how long processes wait for each other
+    AcceleratorState._reset_state(
+        True
+    )  # what a trainer of transformers left behind is made for its model, not for this one
+    world()  # comes first: it says how long processes wait for each other
     check_launch(config)
-    return Accelerator(cpu=_on_cpu(), mixed_precision=resolve_precision(config.precision), log_with=list(trackers) or None, project_dir=folder and str(folder))
+    return Accelerator(
+        cpu=_on_cpu(),
+        mixed_precision=resolve_precision(config.precision),
+        log_with=list(trackers) or None,
+        project_dir=folder and str(folder),
+    )
+
 
 def _optimizer(net, config):
     "AdamW with two rates: one for the policy, one for what only the value function has."
     policy = set(map(id, net.model.parameters()))
-    groups = [dict(params=[p for p in net.model.parameters() if p.requires_grad], lr=config.lr),
-              dict(params=[p for p in net.parameters() if id(p) not in policy], lr=config.value_lr)]
+    groups = [
+        dict(params=[p for p in net.model.parameters() if p.requires_grad], lr=config.lr),
+        dict(params=[p for p in net.parameters() if id(p) not in policy], lr=config.value_lr),
+    ]
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), eps=config.adam_eps)
+
 
 def _prepare(net, config, accelerator):
     "(model as accelerate wraps it, optimizer)."
     optimizer = _optimizer(net, config)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
-        if stage == 3: raise ValueError(_NO_ZERO3)
-        accelerator.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=config.microbatch, gradient_clipping=config.max_grad_norm)
+        if stage == 3:
+            raise ValueError(_NO_ZERO3)
+        accelerator.state.deepspeed_plugin.deepspeed_config |= dict(
+            train_micro_batch_size_per_gpu=config.microbatch, gradient_clipping=config.max_grad_norm
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2: raise ValueError(_NO_FSDP1)
+        if not accelerator.is_fsdp2:
+            raise ValueError(_NO_FSDP1)
         keep_float32(accelerator)
     prepared = accelerator.prepare(net, optimizer)
     gather_to_generate(net)
     return prepared
+
 
 def _score_together(net, batch, config, accelerator):
     "`score`, each process its share."
     rows, _ = my_rows(batch.lengths.argsort(stable=True), accelerator.process_index, accelerator.num_processes)
     mine = Rollout(*(x[rows] for x in batch.tensors()), [batch.episodes[i] for i in rows.tolist()])
     part = score(net, mine, config.temperature, config.microbatch)
-    if accelerator.num_processes == 1: order, found = rows, part
-    else: order, found = accelerator.gather(rows), [accelerator.gather(x) for x in part]
+    if accelerator.num_processes == 1:
+        order, found = rows, part
+    else:
+        order, found = accelerator.gather(rows), [accelerator.gather(x) for x in part]
     placed = [torch.zeros_like(x[:1]).repeat(len(batch), 1) for x in found]
-    for x, y in zip(placed, found): x[order] = y
+    for x, y in zip(placed, found):
+        x[order] = y
     return placed
 
 # %% ../nbs/02_ppo.ipynb #d0da24d7
 class _Reference:
     "Log-probabilities of the starting policy."
-    def __init__(self, bare, config): self.copy = None if config.lora else copy.deepcopy(bare).requires_grad_(False)
+
+    def __init__(self, bare, config):
+        self.copy = None if config.lora else copy.deepcopy(bare).requires_grad_(False)
+
     def __call__(self, net, bare, batch, config, accelerator):
         if self.copy is not None:
-            with accelerator.autocast(): return _score_together(self.copy, batch, config, accelerator)[0]
-        with bare.model.disable_adapter(): return _score_together(net, batch, config, accelerator)[0]
+            with accelerator.autocast():
+                return _score_together(self.copy, batch, config, accelerator)[0]
+        with bare.model.disable_adapter():
+            return _score_together(net, batch, config, accelerator)[0]
 
 # %% ../nbs/02_ppo.ipynb #7c29f9c4
 @dataclass
 class Experience:
     "A round, scored: (B, T) each."
+
     batch: Rollout
-    acts: torch.Tensor              # bool: where the actions are
-    logp: torch.Tensor              # log-probabilities of the policy that played
-    values: torch.Tensor            # its values
+    acts: torch.Tensor  # bool: where the actions are
+    logp: torch.Tensor  # log-probabilities of the policy that played
+    values: torch.Tensor  # its values
     advantages: torch.Tensor
     returns: torch.Tensor
-    ref_logp: torch.Tensor = None   # log-probabilities of the reference
-    weights: torch.Tensor = None    # importance of each token, where another engine sampled
+    ref_logp: torch.Tensor = None  # log-probabilities of the reference
+    weights: torch.Tensor = None  # importance of each token, where another engine sampled
     round: int = 0
 
     def __getitem__(self, rows):
         batch = self.batch[rows]
-        return dataclasses.replace(self, batch=batch, **{k: v[rows, :batch.ids.shape[1]] for k, v in vars(self).items() if torch.is_tensor(v)})
+        return dataclasses.replace(
+            self, batch=batch, **{k: v[rows, : batch.ids.shape[1]] for k, v in vars(self).items() if torch.is_tensor(v)}
+        )
+
 
 def _experience(net, bare, batch, reference, config, accelerator, round=0):
     "Scores a rollout and estimates its advantages."
     acts = _turn_starts(batch.turns) if config.level == "turn" else batch.mask
     logp, values = _score_together(net, batch, config, accelerator)
     ref_logp = reference(net, bare, batch, config, accelerator) if reference else None
-    weights = None if batch.sampled.isnan().all() else (logp - batch.sampled).exp().nan_to_num(1.0).clamp(max=config.importance_cap)
-    rewards = penalised(batch.rewards, logp, ref_logp, batch.mask, config.kl_coef) if config.kl == "reward" else batch.rewards
+    weights = (
+        None
+        if batch.sampled.isnan().all()
+        else (logp - batch.sampled).exp().nan_to_num(1.0).clamp(max=config.importance_cap)
+    )
+    rewards = (
+        penalised(batch.rewards, logp, ref_logp, batch.mask, config.kl_coef) if config.kl == "reward" else batch.rewards
+    )
     solved = torch.tensor([e.solved for e in batch.episodes], device=batch.ids.device) if config.published else None
-    advantages, returns = compute_gae(rewards, values, batch.mask, config.gamma, config.lam, batch.turns, config.level, solved)
-    if config.whiten: advantages = whiten(advantages, batch.mask, acts)
+    advantages, returns = compute_gae(
+        rewards, values, batch.mask, config.gamma, config.lam, batch.turns, config.level, solved
+    )
+    if config.whiten:
+        advantages = whiten(advantages, batch.mask, acts)
     return Experience(batch, acts, logp, values, advantages, returns, ref_logp, weights, round)
 
 # %% ../nbs/02_ppo.ipynb #d07a3f71
 def learning_rate(
-    start,   # at the first step
-    end,     # at the last; negative: constant
-    step,    # optimizer steps made before
-    steps,   # optimizer steps of the whole run
+    start,  # at the first step
+    end,  # at the last; negative: constant
+    step,  # optimizer steps made before
+    steps,  # optimizer steps of the whole run
 ):
     "Cosine from `start` to `end`."
     return start if end < 0 else end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
+
 def _set_rates(optimizer, config, step):
     steps = config.iterations * config.epochs * math.ceil(config.samples / config.minibatch)
-    for group, start in zip(optimizer.param_groups, (config.lr, config.value_lr)): group["lr"] = learning_rate(start, config.lr_end, step, steps)
+    for group, start in zip(optimizer.param_groups, (config.lr, config.value_lr)):
+        group["lr"] = learning_rate(start, config.lr_end, step, steps)
 
 # %% ../nbs/02_ppo.ipynb #d73f6c6c
 @contextmanager
 def _piece(net, accelerator, last):
     "For the passes over a piece of a minibatch: gradients are added up, and only those of the last are joined with the other processes'."
-    accelerator.gradient_state._set_sync_gradients(last)          # what `accelerator.accumulate` sets, which counts pieces by itself; DeepSpeed goes by it
-    if last: yield
+    accelerator.gradient_state._set_sync_gradients(
+        last
+    )  # what `accelerator.accumulate` sets, which counts pieces by itself; DeepSpeed goes by it
+    if last:
+        yield
     else:
-        with accelerator.no_sync(net): yield
+        with accelerator.no_sync(net):
+            yield
+
 
 def _piece_loss(net, e, counts, n, n_tokens, config):
     "(loss, statistics) of a piece; rows that only fill up do not count."
     b = e.batch
     logp, values, entropy = net(b.ids, b.attention, config.temperature, b.mask, config.entropy_coef != 0)
     turns = torch.where(counts[:, None], b.turns, -1)
-    loss, stats = ppo_loss(logp, e.logp, e.advantages, values, e.returns, turns, config, entropy, e.ref_logp, n, e.values, e.weights, n_tokens)
-    if not torch.isfinite(loss): raise _stops("loss", loss.item(), e)
+    loss, stats = ppo_loss(
+        logp,
+        e.logp,
+        e.advantages,
+        values,
+        e.returns,
+        turns,
+        config,
+        entropy,
+        e.ref_logp,
+        n,
+        e.values,
+        e.weights,
+        n_tokens,
+    )
+    if not torch.isfinite(loss):
+        raise _stops("loss", loss.item(), e)
     return loss, stats
 
+
 def _stops(what, value, e):
-    return FloatingPointError(f"the {what} of PPO is {value} in round {e.round + 1}: lower lr, or clip and reward_scale; the last good round is kept")
+    return FloatingPointError(
+        f"the {what} of PPO is {value} in round {e.round + 1}: lower lr, or clip and reward_scale; the last good round is kept"
+    )
+
 
 def _step(net, optimizer, accelerator, e, rows, config):
     "One optimizer step over some episodes; (sums of the statistics, this process's share; norm of the gradient, None if DeepSpeed does not tell)."
@@ -461,22 +684,28 @@ def _step(net, optimizer, accelerator, e, rows, config):
         sums = {name: sums.get(name, 0.0) + v for name, v in stats.items()}
     norm = accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm)
     norm = norm if norm is None else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if norm is not None and not math.isfinite(norm): raise _stops("gradient", norm, e)
-    optimizer.step(); optimizer.zero_grad()
+    if norm is not None and not math.isfinite(norm):
+        raise _stops("gradient", norm, e)
+    optimizer.step()
+    optimizer.zero_grad()
     return sums, norm
 
 # %% ../nbs/02_ppo.ipynb #d1cf89b8
 def _sum(x, accelerator):
     "Of all processes."
-    if accelerator.num_processes == 1: return float(x)
+    if accelerator.num_processes == 1:
+        return float(x)
     return float(accelerator.reduce(torch.tensor(float(x), dtype=torch.float64, device=accelerator.device), "sum"))
+
 
 def _minibatches(e, config):
     "Rows of each minibatch of a round, all epochs; those without any action are left out."
     for epoch in range(config.epochs):
         order = np.random.default_rng((config.seed, e.round, epoch)).permutation(len(e.batch))
         for rows in torch.from_numpy(order).to(e.acts.device).split(config.minibatch):
-            if e.acts[rows].any(): yield rows
+            if e.acts[rows].any():
+                yield rows
+
 
 def _update(net, optimizer, accelerator, e, config, steps):
     "The clipped gradient steps of a round, `steps` having been made before; statistics per action, entropy and kl_ref per token."
@@ -488,53 +717,93 @@ def _update(net, optimizer, accelerator, e, config, steps):
         actions, tokens = actions + n, tokens + e.batch.mask[rows].sum().item()
         norms.append(math.nan if norm is None else norm)
         totals = {name: totals.get(name, 0.0) + v for name, v in sums.items()}
-        if config.target_kl and _sum(sums["approx_kl"], accelerator) / n > config.target_kl: break
-    means = {name: _sum(v, accelerator) / (tokens if name in ("entropy", "kl_ref") else actions) for name, v in totals.items()}
-    return means | dict(grad_norm=sum(norms) / len(norms), optimizer_steps=len(norms), lr=optimizer.param_groups[0]["lr"])
+        if config.target_kl and _sum(sums["approx_kl"], accelerator) / n > config.target_kl:
+            break
+    means = {
+        name: _sum(v, accelerator) / (tokens if name in ("entropy", "kl_ref") else actions)
+        for name, v in totals.items()
+    }
+    return means | dict(
+        grad_norm=sum(norms) / len(norms), optimizer_steps=len(norms), lr=optimizer.param_groups[0]["lr"]
+    )
 
 # %% ../nbs/02_ppo.ipynb #102cfe6c
 def _keep(out, bare, optimizer, accelerator, state):
     "Writes the state of a round to resume.pt, whole or not at all."
     refuse_diverged(bare, f"the state of round {state['round']}")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.save_state(str(out / f"deepspeed-{state['round']}")); state = state | dict(folder=f"deepspeed-{state['round']}")
+        accelerator.save_state(str(out / f"deepspeed-{state['round']}"))
+        state = state | dict(folder=f"deepspeed-{state['round']}")
     elif is_sharded(bare):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = state | dict(net=full_state(bare), optimizer=get_optimizer_state_dict(bare, optimizer.optimizer, options=options))
-    else: state = state | dict(net=bare.state_dict(), optimizer=optimizer.state_dict())
+        state = state | dict(
+            net=full_state(bare), optimizer=get_optimizer_state_dict(bare, optimizer.optimizer, options=options)
+        )
+    else:
+        state = state | dict(net=bare.state_dict(), optimizer=optimizer.state_dict())
     if accelerator.is_main_process:
         try:
-            with atomic(out / "resume.pt") as part: torch.save(state, part)
+            with atomic(out / "resume.pt") as part:
+                torch.save(state, part)
         except (OSError, RuntimeError) as e:
             what = f"round {state['round']} could not be kept in {out} ({e})"
-            raise OSError(f"{what}: make room and start the same command again, it goes on from the round before") from e
+            raise OSError(
+                f"{what}: make room and start the same command again, it goes on from the round before"
+            ) from e
         for old in out.glob("deepspeed-*"):
-            if old.name != state.get("folder"): shutil.rmtree(old, ignore_errors=True)
+            if old.name != state.get("folder"):
+                shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
 
 def _take_up(out, state, bare, optimizer, accelerator):
     "Puts a kept state into model and optimizer."
-    if "folder" in state: accelerator.load_state(str(out / state["folder"]))
+    if "folder" in state:
+        accelerator.load_state(str(out / state["folder"]))
     elif is_sharded(bare):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
+
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(bare, state["net"], options=options)
         set_optimizer_state_dict(bare, optimizer.optimizer, state["optimizer"], options=options)
-    else: bare.load_state_dict(state["net"]); optimizer.load_state_dict(state["optimizer"])
+    else:
+        bare.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
 
 # %% ../nbs/02_ppo.ipynb #ea327b02
 def _save_policy(bare, tokenizer, folder):
     "The policy as a checkpoint; values are not in it."
     prefix = "model."
-    save_model(bare.model, tokenizer, folder, {k.removeprefix(prefix): v for k, v in full_state(bare).items() if k.startswith(prefix)})
+    save_model(
+        bare.model,
+        tokenizer,
+        folder,
+        {k.removeprefix(prefix): v for k, v in full_state(bare).items() if k.startswith(prefix)},
+    )
+
 
 def _settings(config, model, task, eval_tasks, accelerator, **more):
     "What must be the same when a run goes on; the number of processes only where the state is cut into as many pieces."
     cut = os.environ.get("ACCELERATE_USE_FSDP") or accelerator.distributed_type == DistributedType.DEEPSPEED
     measured = {rule: task_name(t) for rule, t in (eval_tasks or {}).items()}
-    asked = dataclasses.asdict(config) | dict(vllm=bool(config.vllm), precision=accelerator.mixed_precision, model=str(model), task=task_name(task), eval_tasks=measured,
-                                              processes=accelerator.num_processes if cut else "any") | more
+    asked = (
+        dataclasses.asdict(config)
+        | dict(
+            vllm=bool(config.vllm),
+            precision=accelerator.mixed_precision,
+            model=str(model),
+            task=task_name(task),
+            eval_tasks=measured,
+            processes=accelerator.num_processes if cut else "any",
+        )
+        | more
+    )
     return {k: v for k, v in asked.items() if k != "save_every"}
 
 # %% ../nbs/02_ppo.ipynb #8df8a79d
@@ -542,30 +811,48 @@ def _open(model, config, device):
     "(actor-critic, tokenizer) of a checkpoint as a config wants it."
     network, tokenizer = load_model(model, dtype=config.dtype, device=device)
     if config.gradient_checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); network.enable_input_require_grads()
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        network.enable_input_require_grads()
     if config.lora:
         from peft import get_peft_model
-        with _no_outlook(): network = get_peft_model(network, lora_config(config.lora))
+
+        with _no_outlook():
+            network = get_peft_model(network, lora_config(config.lora))
     return ActorCritic(network, config.value_head), tokenizer
+
 
 def _play(bare, tokenizer, task, config, i, sampler, accelerator):
     "The episodes of round `i`, and the tokens per second at which they came."
     begun, problems = time.perf_counter(), task.problems("train", config.samples, f"{config.seed}:{i}")
-    if not problems: raise ValueError(f"{type(task).__name__} gave no problems for training: nothing to play in round {i + 1}")
-    if hasattr(sampler, "sync"): sampler.sync(bare)
-    with accelerator.autocast(): batch = rollout(bare, tokenizer, task, problems, config, round=i, share=True, sampler=sampler).to(accelerator.device)
+    if not problems:
+        raise ValueError(f"{type(task).__name__} gave no problems for training: nothing to play in round {i + 1}")
+    if hasattr(sampler, "sync"):
+        sampler.sync(bare)
+    with accelerator.autocast():
+        batch = rollout(bare, tokenizer, task, problems, config, round=i, share=True, sampler=sampler).to(
+            accelerator.device
+        )
     silent = f"the model wrote not one token in round {i + 1}: there is nothing to learn from; look at its prompts and at max_new_tokens"
-    if not batch.mask.any(): raise ValueError(silent)
+    if not batch.mask.any():
+        raise ValueError(silent)
     return batch, batch.mask.sum().item() / (time.perf_counter() - begun)
+
 
 def _row(e, limit):
     "What a round's episodes say, before any update."
     episodes, turns, returns = e.batch.episodes, [t for x in e.batch.episodes for t in x.turns], e.returns[e.acts]
     spread = returns.var().item() if len(returns) > 1 else 0.0
-    row = dict(round=e.round + 1, reward=sum(x.reward for x in episodes) / len(episodes), success=sum(x.solved for x in episodes) / len(episodes),
-               attempts=len(turns) / len(episodes), ended=sum(t.ended for t in turns) / len(turns), length=e.batch.mask.sum().item() / len(turns),
-               explained_variance=1 - (returns - e.values[e.acts]).var().item() / spread if spread > 0 else 0.0)
-    if e.weights is not None: row["importance"] = e.weights[e.batch.mask].mean().item()
+    row = dict(
+        round=e.round + 1,
+        reward=sum(x.reward for x in episodes) / len(episodes),
+        success=sum(x.solved for x in episodes) / len(episodes),
+        attempts=len(turns) / len(episodes),
+        ended=sum(t.ended for t in turns) / len(turns),
+        length=e.batch.mask.sum().item() / len(turns),
+        explained_variance=1 - (returns - e.values[e.acts]).var().item() / spread if spread > 0 else 0.0,
+    )
+    if e.weights is not None:
+        row["importance"] = e.weights[e.batch.mask].mean().item()
     if not row["ended"] and not row["success"]:
         advice = "teach the form of an answer first (SFT), or raise max_new_tokens"
         warnings.warn(f"no answer of round {e.round + 1} ended within {limit} tokens: {advice}", stacklevel=3)
@@ -575,108 +862,155 @@ def _row(e, limit):
 def _check_run(config, eval_every, n_eval, keep):
     check_numbers("train_ppo", dict(eval_every=eval_every, n_eval=n_eval), counts=("eval_every", "n_eval"))
     beyond = [k for k in keep if not (isinstance(k, int) and 0 < k <= config.iterations)]
-    if beyond: raise ValueError(f"train_ppo.keep holds {beyond[0]!r}: expected rounds from 1 to {config.iterations}")
+    if beyond:
+        raise ValueError(f"train_ppo.keep holds {beyond[0]!r}: expected rounds from 1 to {config.iterations}")
+
 
 def _measure(run, bare, tokenizer, eval_tasks, n_eval, accelerator, trackers):
     "Adds a point to the curve."
     for rule, t in (eval_tasks or {}).items():
-        with accelerator.autocast(): table = evaluate((bare, tokenizer), t, problems=t.problems("validation", n_eval, 1), attempts=1, share=True)
+        with accelerator.autocast():
+            table = evaluate((bare, tokenizer), t, problems=t.problems("validation", n_eval, 1), attempts=1, share=True)
         run["curve"].append(curve_row(table, step=run["round"], rule=rule, set="validation"))
-        if trackers: accelerator.log({f"{rule}/success": run["curve"][-1]["rate"]}, step=run["round"])
+        if trackers:
+            accelerator.log({f"{rule}/success": run["curve"][-1]["rate"]}, step=run["round"])
+
 
 def _report(run, row, bar, accelerator, trackers, main, out):
     "Adds a round to the log."
     run["log"].append(row)
-    bar.set_postfix(reward=f"{row['reward']:.2f}", success=f"{row['success']:.2f}", kl=f"{row['approx_kl']:.3f}", refresh=False)
-    if trackers: accelerator.log({k: v for k, v in row.items() if k != "round"}, step=row["round"])
-    if main: write_table(run["log"], out / "log.parquet")
+    bar.set_postfix(
+        reward=f"{row['reward']:.2f}", success=f"{row['success']:.2f}", kl=f"{row['approx_kl']:.3f}", refresh=False
+    )
+    if trackers:
+        accelerator.log({k: v for k, v in row.items() if k != "round"}, step=row["round"])
+    if main:
+        write_table(run["log"], out / "log.parquet")
 
 # %% ../nbs/02_ppo.ipynb #2a44517c
 @one_at_a_time
 def train_ppo(
-    model,             # checkpoint folder to start from, or 'tiny'
-    out,               # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.pt)
-    task,              # the task to learn (ID)
-    config=None,       # a `PPOConfig`
-    eval_tasks=None,   # {name: task}, measured on validation hands
-    eval_every=10,     # rounds between evaluations
-    n_eval=400,        # validation problems per evaluation and rule
+    model,  # checkpoint folder to start from, or 'tiny'
+    out,  # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.pt)
+    task,  # the task to learn (ID)
+    config=None,  # a `PPOConfig`
+    eval_tasks=None,  # {name: task}, measured on validation hands
+    eval_every=10,  # rounds between evaluations
+    n_eval=400,  # validation problems per evaluation and rule
     progress=True,
-    stop_after=None,   # end (resumable) after this many rounds of this call
-    trackers=(),       # where else to log: 'tensorboard', 'wandb', 'trackio', … (whatever accelerate knows)
-    sampler=None,      # what completes prompts; None: `generate`, or a `VLLMSampler` where the config names a server
-    keep=(),           # rounds after which the policy is also saved, in `round-00069` and so on
-) -> pd.DataFrame:     # the curve: step (rounds), rule, set, rate, low, high, format_error, wrong_rule
+    stop_after=None,  # end (resumable) after this many rounds of this call
+    trackers=(),  # where else to log: 'tensorboard', 'wandb', 'trackio', … (whatever accelerate knows)
+    sampler=None,  # what completes prompts; None: `generate`, or a `VLLMSampler` where the config names a server
+    keep=(),  # rounds after which the policy is also saved, in `round-00069` and so on
+) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, format_error, wrong_rule
     "PPO on one rule; resumes when `out` holds an unfinished run with the same settings."
     config, out, run = config or PPOConfig(), Path(out), dict(round=0, steps=0, log=[], curve=[])
     _check_run(config, eval_every, n_eval, keep)
     accelerator = _accelerator(config, trackers, out)
     main, sampler = accelerator.is_main_process, sampler or (VLLMSampler(config.vllm) if config.vllm else generate)
-    settings = _settings(config, model, task, eval_tasks, accelerator, eval_every=eval_every, n_eval=n_eval, keep=sorted(set(keep)))
-    kept = torch.load(out / "resume.pt", weights_only=True, map_location="cpu", mmap=True) if (out / "resume.pt").exists() else None
+    settings = _settings(
+        config, model, task, eval_tasks, accelerator, eval_every=eval_every, n_eval=n_eval, keep=sorted(set(keep))
+    )
+    kept = (
+        torch.load(out / "resume.pt", weights_only=True, map_location="cpu", mmap=True)
+        if (out / "resume.pt").exists()
+        else None
+    )
     if not finished(out, settings, kept and kept["settings"]):
         torch.manual_seed(config.seed)
         bare, tokenizer = _open(model, config, accelerator.device)
         reference = None if config.kl == "off" else _Reference(bare, config)
         net, optimizer = _prepare(bare, config, accelerator)
-        if kept: _take_up(out, kept, bare, optimizer, accelerator); run, kept = {k: kept[k] for k in run}, None
+        if kept:
+            _take_up(out, kept, bare, optimizer, accelerator)
+            run, kept = {k: kept[k] for k in run}, None
         out.mkdir(parents=True, exist_ok=True)
-        if trackers: accelerator.init_trackers("ppo", {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))})
+        if trackers:
+            accelerator.init_trackers(
+                "ppo", {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+            )
         measure = lambda: _measure(run, bare, tokenizer, eval_tasks, n_eval, accelerator, trackers)
-        if not run["curve"]: measure()
+        if not run["curve"]:
+            measure()
 
         first, limit = run["round"], config.max_new_tokens or getattr(task, "max_new_tokens", 512)
-        rounds, shown = range(first, config.iterations), dict(desc="PPO", unit="round", leave=False, disable=not (progress and main))
+        rounds, shown = (
+            range(first, config.iterations),
+            dict(desc="PPO", unit="round", leave=False, disable=not (progress and main)),
+        )
         for i in (bar := tqdm(rounds, initial=first, total=config.iterations, **shown)):
             begun = time.perf_counter()
-            net.train(config.gradient_checkpointing)                     # which works in training mode only; there is no dropout
+            net.train(config.gradient_checkpointing)  # which works in training mode only; there is no dropout
             batch, speed = _play(bare, tokenizer, task, config, i, sampler, accelerator)
             e = _experience(net, bare, batch, reference, config, accelerator, i)
             row = _row(e, limit) | dict(tokens_per_second=speed)
-            row |= _update(net, optimizer, accelerator, e, config, run["steps"]) | dict(seconds=time.perf_counter() - begun)
+            row |= _update(net, optimizer, accelerator, e, config, run["steps"]) | dict(
+                seconds=time.perf_counter() - begun
+            )
             run["round"], run["steps"] = i + 1, run["steps"] + row["optimizer_steps"]
             _report(run, row, bar, accelerator, trackers, main, out)
-            if (i + 1) % eval_every == 0 or i + 1 == config.iterations: measure()
-            if i + 1 in keep: _save_policy(bare, tokenizer, out / f"round-{i + 1:05d}")
+            if (i + 1) % eval_every == 0 or i + 1 == config.iterations:
+                measure()
+            if i + 1 in keep:
+                _save_policy(bare, tokenizer, out / f"round-{i + 1:05d}")
             stop = stop_after and i + 1 - first >= stop_after and i + 1 < config.iterations
-            if (i + 1) % config.save_every == 0 or stop or i + 1 == config.iterations: _keep(out, bare, optimizer, accelerator, dict(settings=settings, **run))
-            if stop: return pd.DataFrame(run["curve"])
+            if (i + 1) % config.save_every == 0 or stop or i + 1 == config.iterations:
+                _keep(out, bare, optimizer, accelerator, dict(settings=settings, **run))
+            if stop:
+                return pd.DataFrame(run["curve"])
         _save_policy(bare, tokenizer, out / "checkpoint")
-        if main: write_table(run["curve"], out / "curve.parquet")
-        if trackers: accelerator.end_training()
+        if main:
+            write_table(run["curve"], out / "curve.parquet")
+        if trackers:
+            accelerator.end_training()
         release(net)
     return complete(out, settings, "resume.pt", "deepspeed-*")
 
 # %% ../nbs/02_ppo.ipynb #a5173be5
 class VLLMSampler:
     "Completions from a vLLM server, for `play` and `train_ppo`; needs the extra `vllm`."
-    def __init__(self,
+
+    def __init__(
+        self,
         url="http://localhost:8000",  # of `vllm serve`
-        client=None,                  # instead of TRL's `VLLMClient`
+        client=None,  # instead of TRL's `VLLMClient`
     ):
         if client is None:
             from trl.generation.vllm_client import VLLMClient
+
             client = VLLMClient(base_url=url)
         self.client, self.ready = client, False
 
     def sync(self, net):
         "Sends the policy's weights to the server; `train_ppo` calls it before each round, in all processes."
         state = full_state(net)
-        if world().is_main_process: self._send(net, state)
-        world().wait_for_everyone()                               # nobody samples from what is half sent
+        if world().is_main_process:
+            self._send(net, state)
+        world().wait_for_everyone()  # nobody samples from what is half sent
 
     def _send(self, net, state):
-        if not self.ready: self.client.init_communicator(device=net.device); self.ready = True
+        if not self.ready:
+            self.client.init_communicator(device=net.device)
+            self.ready = True
         prefix, model = "model.", net.model
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if hasattr(model, "peft_config"): state = _merged_state(model, state)[1]
-        for name, weight in state.items(): self.client.update_named_param(name, weight.to(net.device))
+        if hasattr(model, "peft_config"):
+            state = _merged_state(model, state)[1]
+        for name, weight in state.items():
+            self.client.update_named_param(name, weight.to(net.device))
         self.client.reset_prefix_cache()
 
     def __call__(self, model, tokenizer, prompts, max_new_tokens, temperature, seeds):
         "See `generate`; with each token's log-probability as the server has it."
         ends = _end_tokens(model, tokenizer)
-        out = self.client.generate(prompts=prompts, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
-                                   generation_kwargs=dict(stop_token_ids=ends))
+        out = self.client.generate(
+            prompts=prompts,
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=max_new_tokens,
+            logprobs=0,
+            generation_kwargs=dict(stop_token_ids=ends),
+        )
         told = [[math.nan if x[0] is None else x[0] for x in logp] for logp in out["logprobs"]]
         return [(ids, bool(ids) and ids[-1] in ends, logp) for ids, logp in zip(out["completion_ids"], told)]

@@ -13,7 +13,14 @@ __all__ = ['THIN', 'METHODS', 'CHUNK', 'METHOD_STYLES', 'chosen_ranks', 'Edit', 
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, describe, layer_range, preflight
 from .svd import Factors, factorize, factors as factors_of, one_thread
 from .angles import _workers, band_size, null_sigma, principal_angles, rounding_std
-import hashlib, inspect, json, math, os, shutil, tempfile, warnings
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -34,42 +41,58 @@ def _number(r, name, x):
         raise ValueError(f"{name} = {x!r}: give a share between 0.0 and 1.0, or a number of ranks as an int")
     return (band_size(r, x) if x else 0) if isinstance(x, float) else int(x)
 
-def _middle(r, k): start = (r - k) // 2; return slice(start, start + k)
+
+def _middle(r, k):
+    start = (r - k) // 2
+    return slice(start, start + k)
+
 
 def chosen_ranks(
-    r,          # number of ranks, min(m, n)
-    top=0.2,    # leading ranks: a share in [0, 1] (float) or a number (int)
-    tail=0.0,   # trailing ranks, likewise
-    bulk=0.0,   # ranks in the middle, likewise
-) -> tuple:     # (leading, trailing, middle) numbers of ranks; a `ValueError` when they do not fit
+    r,  # number of ranks, min(m, n)
+    top=0.2,  # leading ranks: a share in [0, 1] (float) or a number (int)
+    tail=0.0,  # trailing ranks, likewise
+    bulk=0.0,  # ranks in the middle, likewise
+) -> tuple:  # (leading, trailing, middle) numbers of ranks; a `ValueError` when they do not fit
     "How many leading, trailing and middle ranks `top`, `tail` and `bulk` mean."
     head, end, mid = (_number(r, name, x) for name, x in (("top", top), ("tail", tail), ("bulk", bulk)))
-    if head + end == r + 1 and isinstance(top, float) and isinstance(tail, float) and top + tail <= 1: end -= 1   # both were rounded up
-    if mid and isinstance(bulk, float) and 0 < mid - (r - 2 * max(head, end)) <= 2 and top + tail + bulk <= 1 + 1e-9: mid = r - 2 * max(head, end)   # likewise
-    if head + end > r or mid > r: raise ValueError(f"top, tail and bulk ask for {head}, {end} and {mid} ranks of {r}")
+    if head + end == r + 1 and isinstance(top, float) and isinstance(tail, float) and top + tail <= 1:
+        end -= 1  # both were rounded up
+    if mid and isinstance(bulk, float) and 0 < mid - (r - 2 * max(head, end)) <= 2 and top + tail + bulk <= 1 + 1e-9:
+        mid = r - 2 * max(head, end)  # likewise
+    if head + end > r or mid > r:
+        raise ValueError(f"top, tail and bulk ask for {head}, {end} and {mid} ranks of {r}")
     if mid and (_middle(r, mid).start < head or _middle(r, mid).stop > r - end):
-        raise ValueError(f"bulk asks for the {mid} ranks in the middle of {r}, which overlap the {head} of top or the {end} of tail")
+        raise ValueError(
+            f"bulk asks for the {mid} ranks in the middle of {r}, which overlap the {head} of top or the {end} of tail"
+        )
     return head, end, mid
+
 
 def _bands(r, top, tail, bulk):
     "Slices of the ranks that were asked for: head, bulk and tail, without empty ones."
     head, end, mid = chosen_ranks(r, top, tail, bulk)
     return [b for b in (slice(0, head), _middle(r, mid), slice(r - end, r)) if b.stop > b.start]
 
+
 def _taken(r, bands):
     "A mask of the ranks that come from the donor."
     mask = torch.zeros(r, dtype=torch.bool)
-    for b in bands: mask[b] = True
+    for b in bands:
+        mask[b] = True
     return mask
 
 # %% ../nbs/05_recovery.ipynb #bff76df7
 class Edit(NamedTuple):
     "An edit of a matrix as thin factors: W' = W + L @ R, float64."
-    L: Tensor           # (m, p)
-    R: Tensor           # (p, n)
-    meant: Callable     # () -> `Factors` that the edit stands for, before W' is stored
 
-def _sigma(t, d, c, sigma): return torch.where(c, d.s, t.s) if sigma == "donor" else t.s
+    L: Tensor  # (m, p)
+    R: Tensor  # (p, n)
+    meant: Callable  # () -> `Factors` that the edit stands for, before W' is stored
+
+
+def _sigma(t, d, c, sigma):
+    return torch.where(c, d.s, t.s) if sigma == "donor" else t.s
+
 
 def _uv(W, t, d, bands, sigma):
     c = _taken(len(t.s), bands)
@@ -78,38 +101,53 @@ def _uv(W, t, d, bands, sigma):
     return Edit(torch.cat([d.U[:, c] * s[c], -t.U[:, c] * t.s[c]], 1), torch.cat([d.Vh[c], t.Vh[c]]), meant)
 
 # %% ../nbs/05_recovery.ipynb #74b2479a
-THIN = {"uv": _uv}   # method -> its edit; the isospectral ones follow
+THIN = {"uv": _uv}  # method -> its edit; the isospectral ones follow
+
 
 def _check(target, donor):
     target, donor = torch.as_tensor(target).detach(), torch.as_tensor(donor).detach()
-    if target.shape != donor.shape: raise ValueError(f"target has shape {tuple(target.shape)}, donor {tuple(donor.shape)}: they must be equal")
-    if not target.is_floating_point(): raise ValueError(f"an edit needs a floating-point matrix, not {target.dtype}")
+    if target.shape != donor.shape:
+        raise ValueError(f"target has shape {tuple(target.shape)}, donor {tuple(donor.shape)}: they must be equal")
+    if not target.is_floating_point():
+        raise ValueError(f"an edit needs a floating-point matrix, not {target.dtype}")
     return target, donor
 
+
 def edit_factors(
-    method,             # 'uv', 'anchored', 'symmetric', 'direct' or 'sigma_only'
-    target,             # (m, n) matrix to repair
-    donor,              # (m, n) matrix that directions come from
-    top=0.2,            # leading ranks from the donor: share (float) or number (int)
-    tail=0.0,           # trailing ranks, likewise
-    bulk=0.0,           # ranks in the middle, likewise
-    sigma="target",     # whose singular values the restored directions carry: 'target' or 'donor'
-    factors=None,       # (target's, donor's) `Factors`, when already known
-) -> Edit:              # L (m, p), R (p, n): W' = W + L @ R; p = 0 when there is nothing to do
+    method,  # 'uv', 'anchored', 'symmetric', 'direct' or 'sigma_only'
+    target,  # (m, n) matrix to repair
+    donor,  # (m, n) matrix that directions come from
+    top=0.2,  # leading ranks from the donor: share (float) or number (int)
+    tail=0.0,  # trailing ranks, likewise
+    bulk=0.0,  # ranks in the middle, likewise
+    sigma="target",  # whose singular values the restored directions carry: 'target' or 'donor'
+    factors=None,  # (target's, donor's) `Factors`, when already known
+) -> Edit:  # L (m, p), R (p, n): W' = W + L @ R; p = 0 when there is nothing to do
     "The edit of a spectral method as two thin factors: p is twice the number of ranks for 'uv', four times (rank: at most three) for the isospectral methods."
-    if method not in THIN: raise ValueError(f"method {method!r} has no thin edit: expected one of {', '.join(THIN)}")
-    if sigma not in ("target", "donor"): raise ValueError(f"sigma = {sigma!r}: expected 'target' or 'donor'")
+    if method not in THIN:
+        raise ValueError(f"method {method!r} has no thin edit: expected one of {', '.join(THIN)}")
+    if sigma not in ("target", "donor"):
+        raise ValueError(f"sigma = {sigma!r}: expected 'target' or 'donor'")
     if method == "direct" and sigma == "donor":
-        raise ValueError("the direct rotation moves a subspace and restores no single direction: sigma='donor' has no meaning for it")
+        raise ValueError(
+            "the direct rotation moves a subspace and restores no single direction: sigma='donor' has no meaning for it"
+        )
     target, donor = _check(target, donor)
-    if target.ndim != 2: raise ValueError(f"a matrix has two dimensions, not shape {tuple(target.shape)}")
+    if target.ndim != 2:
+        raise ValueError(f"a matrix has two dimensions, not shape {tuple(target.shape)}")
     bands = _bands(min(target.shape), top, tail, bulk)
     if not bands or torch.equal(target, donor):
-        if not torch.isfinite(target).all(): raise ValueError("the matrix holds NaN or infinite values: it cannot be edited")
+        if not torch.isfinite(target).all():
+            raise ValueError("the matrix holds NaN or infinite values: it cannot be edited")
         none = torch.zeros(0, dtype=torch.float64)
-        return Edit(none.reshape(len(target), 0), none.reshape(0, target.shape[1]), lambda: factors[0] if factors else factorize(target))
+        return Edit(
+            none.reshape(len(target), 0),
+            none.reshape(0, target.shape[1]),
+            lambda: factors[0] if factors else factorize(target),
+        )
     t, d = factors or (factorize(target), factorize(donor))
     return THIN[method](target.to("cpu", torch.float64), t, d, bands, sigma)
+
 
 def _add(target, L, R):
     "The edited matrix, in the dtype of the target."
@@ -118,93 +156,141 @@ def _add(target, L, R):
 
 # %% ../nbs/05_recovery.ipynb #b525274d
 def uv_merge(
-    target,            # (m, n) matrix to repair
-    donor,             # (m, n) matrix that directions come from
-    top=0.2,           # leading ranks from the donor: share (float) or number (int)
-    tail=0.0,          # trailing ranks, likewise
-    factors=None,      # (target's, donor's) `Factors`, when already known
-    bulk=0.0,          # ranks in the middle, likewise
-    sigma="target",    # whose singular values the restored directions carry: 'target' or 'donor'
-) -> Tensor:           # (m, n), dtype of the target
+    target,  # (m, n) matrix to repair
+    donor,  # (m, n) matrix that directions come from
+    top=0.2,  # leading ranks from the donor: share (float) or number (int)
+    tail=0.0,  # trailing ranks, likewise
+    factors=None,  # (target's, donor's) `Factors`, when already known
+    bulk=0.0,  # ranks in the middle, likewise
+    sigma="target",  # whose singular values the restored directions carry: 'target' or 'donor'
+) -> Tensor:  # (m, n), dtype of the target
     "The paper's method: the donor's singular vectors at the chosen ranks, everything else the target's. It does not keep σ."
     return _add(target, *edit_factors("uv", target, donor, top, tail, bulk, sigma, factors)[:2])
 
 # %% ../nbs/05_recovery.ipynb #1b075771
 class _Side(NamedTuple):
     "One side (U or V) of an isospectral merge. Columns c become `new`, the others T2 + A @ (T2.T @ D).T; what is open is still missing."
-    T: Tensor         # (m, r) the target's vectors
-    c: Tensor         # (r,) mask of the k columns that are restored
-    D: Tensor         # (m, k) the donor's
-    new: Tensor       # (m, k)
-    A: Tensor         # (m, k)
-    open_c: Tensor    # (k, o) an open direction F (m, o) belongs into new as F @ open_c.T ...
-    open_o: Tensor    # (k, o) ... and into A as F @ open_o.T
-    room: Tensor      # (m, q) orthonormal: what F can be made of; q >= o
 
-    def others(self, X): return self.T[:, ~self.c] @ X + self.A @ (self.D.T @ (self.T[:, ~self.c] @ X))
-    def open(self): "Open directions as coefficients of the other columns."; return self.T[:, ~self.c].T @ (self.D @ self.open_o)
-    def filled(self, F): return self._replace(new=self.new + F @ self.open_c.T, A=self.A + F @ self.open_o.T)
+    T: Tensor  # (m, r) the target's vectors
+    c: Tensor  # (r,) mask of the k columns that are restored
+    D: Tensor  # (m, k) the donor's
+    new: Tensor  # (m, k)
+    A: Tensor  # (m, k)
+    open_c: Tensor  # (k, o) an open direction F (m, o) belongs into new as F @ open_c.T ...
+    open_o: Tensor  # (k, o) ... and into A as F @ open_o.T
+    room: Tensor  # (m, q) orthonormal: what F can be made of; q >= o
+
+    def others(self, X):
+        return self.T[:, ~self.c] @ X + self.A @ (self.D.T @ (self.T[:, ~self.c] @ X))
+
+    def open(self):
+        "Open directions as coefficients of the other columns."
+        return self.T[:, ~self.c].T @ (self.D @ self.open_o)
+
+    def filled(self, F):
+        return self._replace(new=self.new + F @ self.open_c.T, A=self.A + F @ self.open_o.T)
+
 
 def _gap(T, c, D):
     "D - T2 @ T2.T @ D. Where T is square, only its columns c are left of the space."
     X = T[:, c] @ (T[:, c].T @ D)
     return X if T.shape[0] == T.shape[1] else D - T @ (T.T @ D) + X
 
-def _half(s): return ((1 + s) / 2).sqrt()
-_TURN = {"anchored": (lambda D, Q, s: D, lambda D, Q, s: -(D + Q) / (1 + s)),     # in principal directions: the restored columns, and A
-         "symmetric": (lambda D, Q, s: (D + Q) / (2 * _half(s)), lambda D, Q, s: -(D + Q * (1 + 2 * _half(s))) / (4 * _half(s) ** 2 * (1 + _half(s))))}
+
+def _half(s):
+    return ((1 + s) / 2).sqrt()
+
+
+_TURN = {
+    "anchored": (
+        lambda D, Q, s: D,
+        lambda D, Q, s: -(D + Q) / (1 + s),
+    ),  # in principal directions: the restored columns, and A
+    "symmetric": (
+        lambda D, Q, s: (D + Q) / (2 * _half(s)),
+        lambda D, Q, s: -(D + Q * (1 + 2 * _half(s))) / (4 * _half(s) ** 2 * (1 + _half(s))),
+    ),
+}
+
 
 def _side(method, T, D, c, tol=1e-3):
     Y = _gap(T, c, D)
     R = torch.linalg.eigh(Y.T @ Y)[1]
-    Z = Y @ R                                                            # orthogonal columns, of length sine
-    s = Z.norm(dim=0).clamp(max=1); cos = (1 - s * s).sqrt()
-    ok = (s if method == "anchored" else s / (1 + cos).sqrt()) > tol     # the length that projecting, or joining, leaves
+    Z = Y @ R  # orthogonal columns, of length sine
+    s = Z.norm(dim=0).clamp(max=1)
+    cos = (1 - s * s).sqrt()
+    ok = (s if method == "anchored" else s / (1 + cos).sqrt()) > tol  # the length that projecting, or joining, leaves
     Q, P, s = Z[:, ok] / s[ok], R[:, ok], s[ok]
     Q = Q @ (1.5 * torch.eye(Q.shape[1], dtype=Q.dtype) - 0.5 * Q.T @ Q)
     new, A = (f(D @ P, Q, s) @ P.T for f in _TURN[method])
     side = _Side(T, c, D, D if method == "anchored" else new, A, R[:, :0], R[:, :0], T[:, :0])
     return side if ok.all() else _with_open(method, side, R[:, ~ok], Z[:, ~ok], cos[~ok])
 
+
 def _with_open(method, side, R, Z, cos):
     "Takes the coinciding directions out of a side and finds the room that is left for them."
     T, c, D = side.T, side.c, side.D
-    t = (D @ R - Z) / cos                                                # the target's directions that coincide with the donor's D @ R
-    if method == "anchored": new, A, zc, zo = side.new, side.A - t / cos @ R.T, 0 * R, R / cos
+    t = (D @ R - Z) / cos  # the target's directions that coincide with the donor's D @ R
+    if method == "anchored":
+        new, A, zc, zo = side.new, side.A - t / cos @ R.T, 0 * R, R / cos
     else:
-        mid = D @ R + t; mid = mid / mid.norm(dim=0)
-        new, A, zc, zo = side.new + mid @ R.T / 2 ** 0.5, side.A + (mid / 2 ** 0.5 - t) / cos @ R.T, R / 2 ** 0.5, -R / cos / 2 ** 0.5
+        mid = D @ R + t
+        mid = mid / mid.norm(dim=0)
+        new, A, zc, zo = (
+            side.new + mid @ R.T / 2**0.5,
+            side.A + (mid / 2**0.5 - t) / cos @ R.T,
+            R / 2**0.5,
+            -R / cos / 2**0.5,
+        )
     side = side._replace(new=new, A=A, open_c=zc, open_o=zo)
     known, X = torch.cat([new, side.others(torch.eye(int((~c).sum()), dtype=D.dtype))], 1), torch.cat([T[:, c], t], 1)
-    for _ in range(2): X = X - known @ (known.T @ X)
+    for _ in range(2):
+        X = X - known @ (known.T @ X)
     room, w, _ = torch.linalg.svd(X, full_matrices=False)
-    room = room[:, :max(int((w > 1e-8).sum()), R.shape[1])]
+    room = room[:, : max(int((w > 1e-8).sum()), R.shape[1])]
     return side._replace(room=torch.linalg.qr(room - known @ (known.T @ room))[0])
 
 # %% ../nbs/05_recovery.ipynb #86501172
-def _best(X): a, _, b = torch.linalg.svd(X, full_matrices=False); return a @ b
+def _best(X):
+    a, _, b = torch.linalg.svd(X, full_matrices=False)
+    return a @ b
+
 
 def _match(inner, outer, u_known, v_known):
     "F (p, a) and G (q, b), isometries with the largest tr(F inner G' outer'); signs so that tr(F' u_known) + tr(G' v_known) is large."
-    a, _, b = torch.linalg.svd(inner); p, _, q = torch.linalg.svd(outer)
-    p, q, b, pairs = p[:, :a.shape[1]], q[:b.shape[0]].T, b.T, min(inner.shape)
-    said = ((p.T @ u_known @ a).diagonal()[:pairs] + (q.T @ v_known @ b).diagonal()[:pairs])
-    p[:, :pairs] *= torch.where(said < 0, -1.0, 1.0); q[:, :pairs] *= torch.where(said < 0, -1.0, 1.0)
+    a, _, b = torch.linalg.svd(inner)
+    p, _, q = torch.linalg.svd(outer)
+    p, q, b, pairs = p[:, : a.shape[1]], q[: b.shape[0]].T, b.T, min(inner.shape)
+    said = (p.T @ u_known @ a).diagonal()[:pairs] + (q.T @ v_known @ b).diagonal()[:pairs]
+    p[:, :pairs] *= torch.where(said < 0, -1.0, 1.0)
+    q[:, :pairs] *= torch.where(said < 0, -1.0, 1.0)
     return p @ a.T, q @ b.T
+
 
 def _fill(u, v, W, s):
     "Both sides with their open directions filled; s (r,) are the singular values that the result is to have."
     c = u.c
-    if not u.room.shape[1] + v.room.shape[1]: return u, v
+    if not u.room.shape[1] + v.room.shape[1]:
+        return u, v
     zu, zv = u.open(), v.open()
-    def seen(side, zc, zo): return side.new @ (s[c, None] * zc) + side.others(s[~c, None] * zo)    # U' Σ z
+
+    def seen(side, zc, zo):
+        return side.new @ (s[c, None] * zc) + side.others(s[~c, None] * zo)  # U' Σ z
+
     if u.room.shape[1] and v.room.shape[1]:
         inner = u.open_c.T @ (s[c, None] * v.open_c) + zu.T @ (s[~c, None] * zv)
-        F, G = _match(inner, u.room.T @ W @ v.room, u.room.T @ W @ seen(v, u.open_c, zu), v.room.T @ W.T @ seen(u, v.open_c, zv))
-        if len(u.T) >= len(v.T): v = v.filled(v.room @ G)
-        else: u = u.filled(u.room @ F); return u, v.filled(v.room @ _best(v.room.T @ W.T @ seen(u, v.open_c, zv)))
-    if u.room.shape[1]: u = u.filled(u.room @ _best(u.room.T @ W @ seen(v, u.open_c, zu)))
-    else: v = v.filled(v.room @ _best(v.room.T @ W.T @ seen(u, v.open_c, zv)))
+        F, G = _match(
+            inner, u.room.T @ W @ v.room, u.room.T @ W @ seen(v, u.open_c, zu), v.room.T @ W.T @ seen(u, v.open_c, zv)
+        )
+        if len(u.T) >= len(v.T):
+            v = v.filled(v.room @ G)
+        else:
+            u = u.filled(u.room @ F)
+            return u, v.filled(v.room @ _best(v.room.T @ W.T @ seen(u, v.open_c, zv)))
+    if u.room.shape[1]:
+        u = u.filled(u.room @ _best(u.room.T @ W @ seen(v, u.open_c, zu)))
+    else:
+        v = v.filled(v.room @ _best(v.room.T @ W.T @ seen(u, v.open_c, zv)))
     return u, v
 
 # %% ../nbs/05_recovery.ipynb #85d56745
@@ -214,63 +300,93 @@ def _isospectral(method):
         s = _sigma(t, d, c, sigma)
         u, v = _fill(_side(method, t.U, d.U[:, c], c), _side(method, t.Vh.T, d.Vh[c].T, c), W, s)
         Us, Vk = t.U[:, c] * t.s[c], t.Vh[c]
-        down, right = u.D.T @ W - (u.D.T @ Us) @ Vk, W @ v.D - Us @ (Vk @ v.D)       # D_u' W2 and W2 D_v
+        down, right = u.D.T @ W - (u.D.T @ Us) @ Vk, W @ v.D - Us @ (Vk @ v.D)  # D_u' W2 and W2 D_v
+
         def meant():
             U, V, rest = torch.empty_like(t.U), torch.empty_like(t.Vh.T), torch.eye(int((~c).sum()), dtype=W.dtype)
-            for X, side in ((U, u), (V, v)): X[:, c], X[:, ~c] = side.new, side.others(rest)
+            for X, side in ((U, u), (V, v)):
+                X[:, c], X[:, ~c] = side.new, side.others(rest)
             return Factors(U, s, V.T)
-        return Edit(torch.cat([u.new * s[c], -Us, u.A, right + u.A @ (u.D.T @ right)], 1), torch.cat([v.new.T, Vk, down, v.A.T]), meant)
+
+        return Edit(
+            torch.cat([u.new * s[c], -Us, u.A, right + u.A @ (u.D.T @ right)], 1),
+            torch.cat([v.new.T, Vk, down, v.A.T]),
+            meant,
+        )
+
     return edit
+
 
 THIN |= {m: _isospectral(m) for m in _TURN}
 
+
 def symmetric_merge(
-    target,            # (m, n) matrix to repair
-    donor,             # (m, n) matrix that directions come from
-    top=0.2,           # leading ranks from the donor: share (float) or number (int)
-    tail=0.0,          # trailing ranks, likewise
-    factors=None,      # (target's, donor's) `Factors`, when already known
-    bulk=0.0,          # ranks in the middle, likewise
-    sigma="target",    # whose singular values the restored directions carry: 'target' or 'donor'
-) -> Tensor:           # (m, n), dtype of the target; its singular values are the target's
+    target,  # (m, n) matrix to repair
+    donor,  # (m, n) matrix that directions come from
+    top=0.2,  # leading ranks from the donor: share (float) or number (int)
+    tail=0.0,  # trailing ranks, likewise
+    factors=None,  # (target's, donor's) `Factors`, when already known
+    bulk=0.0,  # ranks in the middle, likewise
+    sigma="target",  # whose singular values the restored directions carry: 'target' or 'donor'
+) -> Tensor:  # (m, n), dtype of the target; its singular values are the target's
     "Exchanges the singular vectors at the chosen ranks and takes the nearest orthonormal bases: both sides give way."
     return _add(target, *edit_factors("symmetric", target, donor, top, tail, bulk, sigma, factors)[:2])
 
+
 def anchored_merge(
-    target,            # (m, n) matrix to repair
-    donor,             # (m, n) matrix that directions come from
-    top=0.2,           # leading ranks from the donor: share (float) or number (int)
-    tail=0.0,          # trailing ranks, likewise
-    factors=None,      # (target's, donor's) `Factors`, when already known
-    bulk=0.0,          # ranks in the middle, likewise
-    sigma="target",    # whose singular values the restored directions carry: 'target' or 'donor'
-) -> Tensor:           # (m, n), dtype of the target; its singular values are the target's
+    target,  # (m, n) matrix to repair
+    donor,  # (m, n) matrix that directions come from
+    top=0.2,  # leading ranks from the donor: share (float) or number (int)
+    tail=0.0,  # trailing ranks, likewise
+    factors=None,  # (target's, donor's) `Factors`, when already known
+    bulk=0.0,  # ranks in the middle, likewise
+    sigma="target",  # whose singular values the restored directions carry: 'target' or 'donor'
+) -> Tensor:  # (m, n), dtype of the target; its singular values are the target's
     "The donor's singular vectors exactly at the chosen ranks; the target's others are moved off them with the least rotation."
     return _add(target, *edit_factors("anchored", target, donor, top, tail, bulk, sigma, factors)[:2])
 
 # %% ../nbs/05_recovery.ipynb #cb4cb614
 def _turned(Xu, Xv, inside, outside, tol=1e-3):
     "Polar factors (k, k) of both sides; what they leave open is filled so that Hu diag(inside) Hv' is nearest to diag(outside)."
-    def parts(X): P, s, Qh = torch.linalg.svd(X); ok = s > tol; return P[:, ok] @ Qh[ok], P[:, ~ok], Qh[~ok].T
+
+    def parts(X):
+        P, s, Qh = torch.linalg.svd(X)
+        ok = s > tol
+        return P[:, ok] @ Qh[ok], P[:, ~ok], Qh[~ok].T
+
     (Hu, Nu, Zu), (Hv, Nv, Zv) = parts(Xu), parts(Xv)
     weigh = lambda H: outside[:, None] * H * inside
     if Zu.shape[1] and Zv.shape[1]:
-        G = _match(Zu.T @ (inside[:, None] * Zv), Nu.T @ (outside[:, None] * Nv), Nu.T @ weigh(Hv) @ Zu, Nv.T @ weigh(Hu) @ Zv)[1]
+        G = _match(
+            Zu.T @ (inside[:, None] * Zv), Nu.T @ (outside[:, None] * Nv), Nu.T @ weigh(Hv) @ Zu, Nv.T @ weigh(Hu) @ Zv
+        )[1]
         Hv = Hv + Nv @ G @ Zv.T
-    if Zu.shape[1]: Hu = Hu + Nu @ _best(Nu.T @ weigh(Hv) @ Zu) @ Zu.T
-    elif Zv.shape[1]: Hv = Hv + Nv @ _best(Nv.T @ weigh(Hu) @ Zv) @ Zv.T
+    if Zu.shape[1]:
+        Hu = Hu + Nu @ _best(Nu.T @ weigh(Hv) @ Zu) @ Zu.T
+    elif Zv.shape[1]:
+        Hv = Hv + Nv @ _best(Nv.T @ weigh(Hu) @ Zv) @ Zv.T
     return Hu, Hv
+
 
 def _then_rotate(F, M, A, B):
     "(F, M) of the rotation I + F M F' followed by the direct rotation that carries basis A to basis B; A' B is symmetric but for filled directions."
-    K = A.T @ B; I = torch.eye(len(K), dtype=K.dtype)
-    G, N = torch.cat([A, B - A @ K], 1), torch.cat([torch.cat([K - I, -I], 1), torch.cat([I, -torch.linalg.inv(I + K)], 1)])
-    if float((K - K.T).abs().max()) > 1e-12:     # filled directions: what is orthogonal to A is moved off B and made orthonormal again, A still goes to B
+    K = A.T @ B
+    I = torch.eye(len(K), dtype=K.dtype)
+    G, N = (
+        torch.cat([A, B - A @ K], 1),
+        torch.cat([torch.cat([K - I, -I], 1), torch.cat([I, -torch.linalg.inv(I + K)], 1)]),
+    )
+    if (
+        float((K - K.T).abs().max()) > 1e-12
+    ):  # filled directions: what is orthogonal to A is moved off B and made orthonormal again, A still goes to B
         k, Q, inB = len(K), G.T @ G, torch.cat([K, I])
         N[:, k:] -= inB @ (I + inB.T @ Q @ N[:, k:])
         off = (N + N.T + N.T @ Q @ N)[k:, k:]
         N[:, k:] -= (torch.cat([0 * off, off]) + N @ Q[:, k:] @ off) / 2
-    return torch.cat([F, G], 1), torch.cat([torch.cat([M, M.new_zeros(len(M), len(N))], 1), torch.cat([N @ (G.T @ F) @ M, N], 1)])
+    return torch.cat([F, G], 1), torch.cat(
+        [torch.cat([M, M.new_zeros(len(M), len(N))], 1), torch.cat([N @ (G.T @ F) @ M, N], 1)]
+    )
+
 
 def _direct(W, t, d, bands, sigma):
     V = t.Vh.T
@@ -283,16 +399,18 @@ def _direct(W, t, d, bands, sigma):
     meant = lambda: Factors(t.U + F @ (M @ (F.T @ t.U)), t.s, (V + G @ (N @ (G.T @ V))).T)
     return Edit(torch.cat([F, (W @ G) @ N.T], 1), torch.cat([H + (H @ G) @ N.T @ G.T, G.T]), meant)
 
+
 THIN["direct"] = _direct
 
+
 def direct_rotation(
-    target,          # (m, n) matrix to repair
-    donor,           # (m, n) matrix that directions come from
-    top=0.2,         # leading ranks from the donor: share (float) or number (int)
-    tail=0.0,        # trailing ranks, likewise
-    factors=None,    # (target's, donor's) `Factors`, when already known
-    bulk=0.0,        # ranks in the middle, likewise
-) -> Tensor:         # (m, n), dtype of the target; its singular values are the target's
+    target,  # (m, n) matrix to repair
+    donor,  # (m, n) matrix that directions come from
+    top=0.2,  # leading ranks from the donor: share (float) or number (int)
+    tail=0.0,  # trailing ranks, likewise
+    factors=None,  # (target's, donor's) `Factors`, when already known
+    bulk=0.0,  # ranks in the middle, likewise
+) -> Tensor:  # (m, n), dtype of the target; its singular values are the target's
     "Turns the target so that its chosen subspaces are the donor's, by the smallest rotation; vectors inside them stay as they are."
     return _add(target, *edit_factors("direct", target, donor, top, tail, bulk, factors=factors)[:2])
 
@@ -301,28 +419,32 @@ def _sigma_only(W, t, d, bands, sigma):
     c = _taken(len(t.s), bands)
     return Edit(t.U[:, c] * (d.s - t.s)[c], t.Vh[c], lambda: Factors(t.U, torch.where(c, d.s, t.s), t.Vh))
 
+
 THIN["sigma_only"] = _sigma_only
 
+
 def sigma_only(
-    target,          # (m, n)
-    donor,           # (m, n)
-    top=1.0,         # leading ranks whose σ comes from the donor: share (float) or number (int)
-    tail=0.0,        # trailing ranks, likewise
-    factors=None,    # (target's, donor's) `Factors`, when already known
-    bulk=0.0,        # ranks in the middle, likewise
-) -> Tensor:         # (m, n), dtype of the target
+    target,  # (m, n)
+    donor,  # (m, n)
+    top=1.0,  # leading ranks whose σ comes from the donor: share (float) or number (int)
+    tail=0.0,  # trailing ranks, likewise
+    factors=None,  # (target's, donor's) `Factors`, when already known
+    bulk=0.0,  # ranks in the middle, likewise
+) -> Tensor:  # (m, n), dtype of the target
     "The donor's singular values at the chosen ranks, on the target's singular vectors."
     return _add(target, *edit_factors("sigma_only", target, donor, top, tail, bulk, factors=factors)[:2])
 
+
 def interpolate(
-    target,     # any shape
-    donor,      # same shape
+    target,  # any shape
+    donor,  # same shape
     alpha=0.5,  # 0: target, 1: donor
-) -> Tensor:    # dtype of the target
+) -> Tensor:  # dtype of the target
     "The straight line from target to donor."
     if alpha is None or not np.isfinite(alpha):
         raise ValueError(f"alpha = {alpha!r}: interpolation needs a number, 0 for the target, 1 for the donor")
-    target, donor = _check(target, donor); W = target.to("cpu", torch.float64)
+    target, donor = _check(target, donor)
+    W = target.to("cpu", torch.float64)
     return (W + alpha * (donor.to("cpu", torch.float64) - W)).to(target.dtype) if alpha else target.clone()
 
 # %% ../nbs/05_recovery.ipynb #604c6203
@@ -331,182 +453,292 @@ def _some_of(X, Y, W, norm):
     at = (X != Y).reshape(-1).nonzero()[:, 0]
     at = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(0))]
     x, y, w = (Z.reshape(-1)[at].double() for Z in (X, Y, W))
-    squares = torch.cat([torch.zeros(1).double(), ((y - w).square() - (x - w).square()).cumsum(0)]) + float((X.double() - W).square().sum())
-    taken = at[:int((squares.clamp(min=0).sqrt() - norm).abs().argmin())]
-    found = X.clone().reshape(-1); found[taken] = Y.reshape(-1)[taken]
+    squares = torch.cat([torch.zeros(1).double(), ((y - w).square() - (x - w).square()).cumsum(0)]) + float(
+        (X.double() - W).square().sum()
+    )
+    taken = at[: int((squares.clamp(min=0).sqrt() - norm).abs().argmin())]
+    found = X.clone().reshape(-1)
+    found[taken] = Y.reshape(-1)[taken]
     return found.reshape(X.shape)
+
 
 def _of_norm(target, step, norm, near=1e-4):
     "target + a * step, a >= 0, rounded to the target's dtype, such that the rounded edit has the Frobenius norm `norm`."
     W, length = target.to("cpu", torch.float64), float(step.norm())
-    if not norm or not length: return target.clone()
-    def at(a): return (W + a * step).to(target.dtype)
-    def size(X): return float((X.double() - W).norm())
+    if not norm or not length:
+        return target.clone()
+
+    def at(a):
+        return (W + a * step).to(target.dtype)
+
+    def size(X):
+        return float((X.double() - W).norm())
+
     low, high = 0.0, norm / length
-    if abs(size(X := at(high)) - norm) <= near * norm: return X
-    while size(at(high)) < norm: low, high = high, 2 * high
+    if abs(size(X := at(high)) - norm) <= near * norm:
+        return X
+    while size(at(high)) < norm:
+        low, high = high, 2 * high
     while high - low > 1e-9 * high:
         s = size(X := at(middle := (low + high) / 2))
-        if abs(s - norm) <= near * norm: return X
+        if abs(s - norm) <= near * norm:
+            return X
         low, high = (middle, high) if s < norm else (low, middle)
     return _some_of(at(low), at(high), W, norm)
 
 # %% ../nbs/05_recovery.ipynb #4fdf04fe
 def interpolate_to_norm(
-    target,     # any shape
-    donor,      # same shape
-    norm,       # Frobenius norm of the edit; beyond the donor it goes on in the same direction
-) -> Tensor:    # dtype of the target
+    target,  # any shape
+    donor,  # same shape
+    norm,  # Frobenius norm of the edit; beyond the donor it goes on in the same direction
+) -> Tensor:  # dtype of the target
     "Interpolation whose edit has the given norm once it is rounded; where storage has no such step, a part of the elements that cross together."
     target, donor = _check(target, donor)
     return _of_norm(target, donor.to("cpu", torch.float64) - target.to("cpu", torch.float64), norm)
 
+
 def random_merge(
-    target,     # any shape
-    donor,      # same shape; only checked
-    norm,       # Frobenius norm of the edit
-    seed=0,     # equal seeds give equal noise
-) -> Tensor:    # dtype of the target
+    target,  # any shape
+    donor,  # same shape; only checked
+    norm,  # Frobenius norm of the edit
+    seed=0,  # equal seeds give equal noise
+) -> Tensor:  # dtype of the target
     "Independent Gaussian noise, of the given norm once it is rounded: what an edit of this size does when it knows nothing."
     target, _ = _check(target, donor)
-    return _of_norm(target, torch.randn(target.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), norm)
+    return _of_norm(
+        target, torch.randn(target.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), norm
+    )
 
 # %% ../nbs/05_recovery.ipynb #69bf0a06
-METHODS = {"uv": uv_merge, "anchored": anchored_merge, "symmetric": symmetric_merge, "direct": direct_rotation,
-           "sigma_only": sigma_only, "interpolate": interpolate, "interpolate_to_norm": interpolate_to_norm, "random": random_merge}
+METHODS = {
+    "uv": uv_merge,
+    "anchored": anchored_merge,
+    "symmetric": symmetric_merge,
+    "direct": direct_rotation,
+    "sigma_only": sigma_only,
+    "interpolate": interpolate,
+    "interpolate_to_norm": interpolate_to_norm,
+    "random": random_merge,
+}
 
-def _takes(method): return inspect.signature(METHODS[method]).parameters
+
+def _takes(method):
+    return inspect.signature(METHODS[method]).parameters
+
 
 def _check_method(method, like, alpha):
-    if method not in METHODS: raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}, or reset (for whole layers)")
-    if method == "interpolate" and alpha is None: raise ValueError("method 'interpolate' needs alpha: 0 is the target, 1 the donor")
+    if method not in METHODS:
+        raise ValueError(
+            f"unknown method {method!r}: expected one of {', '.join(METHODS)}, or reset (for whole layers)"
+        )
+    if method == "interpolate" and alpha is None:
+        raise ValueError("method 'interpolate' needs alpha: 0 is the target, 1 the donor")
     if "norm" in _takes(method) and like != "donor" and (like not in METHODS or {"norm", "alpha"} & set(_takes(like))):
-        raise ValueError(f"like = {like!r}: expected 'donor' (the whole way) or a method with an edit of its own, "
-                         f"{', '.join(m for m in METHODS if not {'norm', 'alpha'} & set(_takes(m)))}")
+        raise ValueError(
+            f"like = {like!r}: expected 'donor' (the whole way) or a method with an edit of its own, "
+            f"{', '.join(m for m in METHODS if not {'norm', 'alpha'} & set(_takes(m)))}"
+        )
+
 
 def _norm_like(like, target, donor, **options):
     "The size of the edit that the method `like` makes, as it is stored."
     other = donor if like == "donor" else edit_matrix(like, target, donor, **options)
     return float((other.double() - target.double()).norm())
 
+
 def edit_matrix(
-    method,           # a name in `METHODS`
-    target,           # (m, n) matrix to repair
-    donor,            # (m, n)
+    method,  # a name in `METHODS`
+    target,  # (m, n) matrix to repair
+    donor,  # (m, n)
     like="anchored",  # the method whose edit norm is matched, for methods that take `norm`; 'donor' for the norm of donor - target
-    **options,        # top, tail, bulk, sigma, factors, alpha, seed; norm, in place of `like`
-) -> Tensor:          # (m, n), dtype of the target
+    **options,  # top, tail, bulk, sigma, factors, alpha, seed; norm, in place of `like`
+) -> Tensor:  # (m, n), dtype of the target
     "One matrix edited by a method of the registry, with those of the options that the method takes."
     _check_method(method, like, options.get("alpha", 0.5))
     given = {k: v for k, v in options.items() if k in _takes(method)}
-    if "norm" in _takes(method): given.setdefault("norm", _norm_like(like, target, donor, **options))
+    if "norm" in _takes(method):
+        given.setdefault("norm", _norm_like(like, target, donor, **options))
     return METHODS[method](target, donor, **given)
 
 # %% ../nbs/05_recovery.ipynb #99a420e9
 def certificate(
-    before,             # (m, n) the target as it was
-    after,              # (m, n) the result
-    donor,              # (m, n)
-    top=0.2,            # the ranks whose subspace is compared with the donor's; of several bands, the worst one counts
-    tail=0.0,           # likewise
-    factors=None,       # (target's, donor's) `Factors`, when already known
-    bulk=0.0,           # likewise
-    edit=None,          # the `Edit`, when there is one
-    certify="full",     # 'full': decompose the result; 'quick': bound the change of σ, no angle of the result
-) -> dict:              # sigma_change, sigma_change_of_norm, sigma_bound, head_angle_before, head_angle (radians), orthogonality, edit_norm, ...
+    before,  # (m, n) the target as it was
+    after,  # (m, n) the result
+    donor,  # (m, n)
+    top=0.2,  # the ranks whose subspace is compared with the donor's; of several bands, the worst one counts
+    tail=0.0,  # likewise
+    factors=None,  # (target's, donor's) `Factors`, when already known
+    bulk=0.0,  # likewise
+    edit=None,  # the `Edit`, when there is one
+    certify="full",  # 'full': decompose the result; 'quick': bound the change of σ, no angle of the result
+) -> dict:  # sigma_change, sigma_change_of_norm, sigma_bound, head_angle_before, head_angle (radians), orthogonality, edit_norm, ...
     "What an edit did, measured on its result; None for what was not measured. Further: edit, distance (both Frobenius), changed, elements; null_ranks, how many of the donor's chosen directions are no more than rounding; cosine of target and donor."
-    if certify not in ("full", "quick"): raise ValueError(f"certify = {certify!r}: expected 'full' or 'quick'")
+    if certify not in ("full", "quick"):
+        raise ValueError(f"certify = {certify!r}: expected 'full' or 'quick'")
     b, d = factors or (factorize(before), factorize(donor))
     W, X, same, full = before.double(), after.double(), torch.equal(before, after), certify == "full"
     r = len(b.s)
+
     def turn(x):
         sides = [pair for c in _bands(r, top, tail, bulk) for pair in ((x.U[:, c], d.U[:, c]), (x.Vh[c].T, d.Vh[c].T))]
         return max((float(principal_angles(p, q).max()) for p, q in sides), default=0.0)
+
     size, distance = float((X - W).norm()), float((donor.double() - W).norm())
-    null = int((torch.cat([d.s[c] for c in _bands(r, top, tail, bulk)] or [d.s[:0]]) <= null_sigma(rounding_std(d.s, donor.shape, donor.dtype), donor.shape)).sum())
+    null = int(
+        (
+            torch.cat([d.s[c] for c in _bands(r, top, tail, bulk)] or [d.s[:0]])
+            <= null_sigma(rounding_std(d.s, donor.shape, donor.dtype), donor.shape)
+        ).sum()
+    )
     lengths = float(b.s.square().sum().sqrt()), float(d.s.square().sum().sqrt())
-    found = dict(null_ranks=null, cosine=(lengths[0] ** 2 + lengths[1] ** 2 - distance ** 2) / (2 * lengths[0] * lengths[1]) if all(lengths) else 0.0, sigma_change=None, sigma_change_of_norm=None, sigma_bound=None, head_angle_before=turn(b), head_angle=None, orthogonality=None,
-                 edit_norm=size / distance if distance else 0.0, edit=size, distance=distance, changed=int((after != before).sum()), elements=before.numel())
+    found = dict(
+        null_ranks=null,
+        cosine=(lengths[0] ** 2 + lengths[1] ** 2 - distance**2) / (2 * lengths[0] * lengths[1])
+        if all(lengths)
+        else 0.0,
+        sigma_change=None,
+        sigma_change_of_norm=None,
+        sigma_bound=None,
+        head_angle_before=turn(b),
+        head_angle=None,
+        orthogonality=None,
+        edit_norm=size / distance if distance else 0.0,
+        edit=size,
+        distance=distance,
+        changed=int((after != before).sum()),
+        elements=before.numel(),
+    )
     if edit is not None:
         meant = edit.meant()
         off = [G - torch.eye(r, dtype=G.dtype) for G in (meant.U.T @ meant.U, meant.Vh @ meant.Vh.T)]
         found["orthogonality"] = float(max(x.abs().max() for x in off))
-        stored, more, less = float((W + edit.L @ edit.R - X).norm()), *(math.sqrt(math.prod(max(0, 1 + f * float(x.norm())) for x in off)) for f in (1, -1))
+        stored, more, less = (
+            float((W + edit.L @ edit.R - X).norm()),
+            *(math.sqrt(math.prod(max(0, 1 + f * float(x.norm())) for x in off)) for f in (1, -1)),
+        )
         moved = float((meant.s.sort(descending=True)[0] - b.s).abs().max())
-        if b.s[0] > 0: found["sigma_bound"] = min(size, stored + moved + max(more - 1, 1 - less) * float(meant.s.max())) / float(b.s[0])
+        if b.s[0] > 0:
+            found["sigma_bound"] = min(size, stored + moved + max(more - 1, 1 - less) * float(meant.s.max())) / float(
+                b.s[0]
+            )
     if full:
         a = b if same else factorize(after)
         moved, ok = (a.s - b.s).abs(), b.s > torch.finfo(torch.float64).eps * max(before.shape) * b.s[0]
-        found |= dict(sigma_change=float((moved[ok] / b.s[ok]).max()) if ok.any() else 0.0, head_angle=turn(a),
-                      sigma_change_of_norm=float(moved.max() / b.s[0]) if b.s[0] > 0 else 0.0)
+        found |= dict(
+            sigma_change=float((moved[ok] / b.s[ok]).max()) if ok.any() else 0.0,
+            head_angle=turn(a),
+            sigma_change_of_norm=float(moved.max() / b.s[0]) if b.s[0] > 0 else 0.0,
+        )
     return found
 
 # %% ../nbs/05_recovery.ipynb #d9478525
 def _sync(path):
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 @contextmanager
 def _new_folder(out, target=None):
     "A hidden folder that becomes `out` when the block ends well and is gone when it does not; begun as a copy of `target`, if there is one."
     out = Path(out)
-    if os.path.lexists(out): raise CheckpointError(f"{out} exists already: give the name of a new folder")
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out} exists already: give the name of a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in out.parent.glob(f".{escape(out.name)}.*.partial"):
-        warnings.warn(f"{old} is from a run that is still going on or was killed: if it was killed, delete the folder", stacklevel=4)
+        warnings.warn(
+            f"{old} is from a run that is still going on or was killed: if it was killed, delete the folder",
+            stacklevel=4,
+        )
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        if target is not None: target.copy_to(part)
+        if target is not None:
+            target.copy_to(part)
         yield part
-        for f in part.iterdir(): _sync(f)
-        umask = os.umask(0); os.umask(umask); part.chmod(0o777 & ~umask); _sync(part)
-        if os.path.lexists(out): raise CheckpointError(f"{out} was made by somebody else meanwhile")
-        part.rename(out); _sync(out.parent)
-    except BaseException: shutil.rmtree(part, ignore_errors=True); raise
+        for f in part.iterdir():
+            _sync(f)
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o777 & ~umask)
+        _sync(part)
+        if os.path.lexists(out):
+            raise CheckpointError(f"{out} was made by somebody else meanwhile")
+        part.rename(out)
+        _sync(out.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 # %% ../nbs/05_recovery.ipynb #54dbe4e3
 class _Job(NamedTuple):
     "Everything that says how a checkpoint is edited."
+
     target: Checkpoint
     donor: Checkpoint
     method: str
-    options: dict       # top, tail, bulk, sigma, alpha, like, seed
+    options: dict  # top, tail, bulk, sigma, alpha, like, seed
     matrices: list
     cache: object
     certify: str
 
-    def pair(self, m): return self.target.matrix(m), self.donor.matrix(self.donor.find(m.name))
-    def factors(self, m): return factors_of(self.target, m, cache=self.cache), factors_of(self.donor, self.donor.find(m.name), cache=self.cache)
-    def seed(self, m): return int.from_bytes(hashlib.sha256(f"{self.options['seed']}:{m.name}".encode()).digest()[:6], "big")
-    def ranks(self): return {k: self.options[k] for k in ("top", "tail", "bulk")}
+    def pair(self, m):
+        return self.target.matrix(m), self.donor.matrix(self.donor.find(m.name))
+
+    def factors(self, m):
+        return factors_of(self.target, m, cache=self.cache), factors_of(
+            self.donor, self.donor.find(m.name), cache=self.cache
+        )
+
+    def seed(self, m):
+        return int.from_bytes(hashlib.sha256(f"{self.options['seed']}:{m.name}".encode()).digest()[:6], "big")
+
+    def ranks(self):
+        return {k: self.options[k] for k in ("top", "tail", "bulk")}
+
 
 def _job(target, donor, method, layers, kinds, cache, certify, **options):
     "Checks a request as a whole, before anything is read or written; `method` 'reset' has no matrices."
     target, donor = as_checkpoint(target), as_checkpoint(donor)
-    if method != "reset": _check_method(method, options["like"], options["alpha"])
-    if options["sigma"] not in ("target", "donor"): raise ValueError(f"sigma = {options['sigma']!r}: expected 'target' or 'donor'")
+    if method != "reset":
+        _check_method(method, options["like"], options["alpha"])
+    if options["sigma"] not in ("target", "donor"):
+        raise ValueError(f"sigma = {options['sigma']!r}: expected 'target' or 'donor'")
     if options["sigma"] == "donor" and (method == "reset" or "sigma" not in _takes(method)):
-        raise ValueError(f"method {method!r} takes no sigma='donor': only {', '.join(m for m in METHODS if 'sigma' in _takes(m))} do")
-    if certify not in ("full", "quick"): raise ValueError(f"certify = {certify!r}: expected 'full' or 'quick'")
+        raise ValueError(
+            f"method {method!r} takes no sigma='donor': only {', '.join(m for m in METHODS if 'sigma' in _takes(m))} do"
+        )
+    if certify not in ("full", "quick"):
+        raise ValueError(f"certify = {certify!r}: expected 'full' or 'quick'")
     notes = preflight(target, donor, kinds)
-    if method == "reset": layer_range(layers, target.n_layers); return _Job(target, donor, method, options, [], cache, certify), notes
+    if method == "reset":
+        layer_range(layers, target.n_layers)
+        return _Job(target, donor, method, options, [], cache, certify), notes
     job = _Job(target, donor, method, options, target.matrices(kinds, layers), cache, certify)
     for m in job.matrices:
-        try: chosen_ranks(min(m.shape), **job.ranks())
-        except ValueError as e: raise ValueError(f"{m.name}, {m.shape[0]} × {m.shape[1]}: {e}") from e
-    if target.config.get("auto_map"): notes = [*notes, f"config.json of {target.label} names code of its own (auto_map), and code is not copied: copy its .py files by hand"]
+        try:
+            chosen_ranks(min(m.shape), **job.ranks())
+        except ValueError as e:
+            raise ValueError(f"{m.name}, {m.shape[0]} × {m.shape[1]}: {e}") from e
+    if target.config.get("auto_map"):
+        notes = [
+            *notes,
+            f"config.json of {target.label} names code of its own (auto_map), and code is not copied: copy its .py files by hand",
+        ]
     return job, notes
 
 # %% ../nbs/05_recovery.ipynb #641803c9
 class _Edited(NamedTuple):
     "What an edit makes of one matrix."
-    before: Tensor      # (m, n) as the checkpoint reads
+
+    before: Tensor  # (m, n) as the checkpoint reads
     donor: Tensor
-    after: Tensor       # before it is stored
-    factors: tuple      # of target and donor
-    edit: Edit          # None for methods without thin factors
+    after: Tensor  # before it is stored
+    factors: tuple  # of target and donor
+    edit: Edit  # None for methods without thin factors
     norm: float = None  # the size that was asked for, for methods that take one
+
 
 def _edited(job, m):
     before, donor = job.pair(m)
@@ -516,97 +748,159 @@ def _edited(job, m):
         edit = edit_factors(job.method, before, donor, **{k: v for k, v in given.items() if k in _takes(job.method)})
         after = _add(before, edit.L, edit.R)
     else:
-        if "norm" in _takes(job.method): norm = given["norm"] = _norm_like(job.options["like"], before, donor, **{k: v for k, v in given.items() if k != "like"})
+        if "norm" in _takes(job.method):
+            norm = given["norm"] = _norm_like(
+                job.options["like"], before, donor, **{k: v for k, v in given.items() if k != "like"}
+            )
         after = edit_matrix(job.method, before, donor, **given)
-    if after.shape != before.shape: raise CheckpointError(f"{m.name}: method {job.method} changed the shape from {tuple(before.shape)} to {tuple(after.shape)}")
+    if after.shape != before.shape:
+        raise CheckpointError(
+            f"{m.name}: method {job.method} changed the shape from {tuple(before.shape)} to {tuple(after.shape)}"
+        )
     return _Edited(before, donor, after, given["factors"], edit, norm)
+
 
 def _certified(job, m, e, certify=None):
     "(what is stored, its row in the record)"
-    if not torch.isfinite(e.after).all(): raise CheckpointError(f"{m.name}: the edit overflows {e.after.dtype}; use a smaller edit")
+    if not torch.isfinite(e.after).all():
+        raise CheckpointError(f"{m.name}: the edit overflows {e.after.dtype}; use a smaller edit")
     before, after = (job.target.as_stored(m, x) for x in (e.before, e.after))
-    found = certificate(before, after, e.donor, factors=e.factors, edit=e.edit, certify=certify or job.certify, **job.ranks())
+    found = certificate(
+        before, after, e.donor, factors=e.factors, edit=e.edit, certify=certify or job.certify, **job.ranks()
+    )
     restored = sum(chosen_ranks(min(m.shape), **job.ranks())) if {"top", "norm"} & set(_takes(job.method)) else 0
     asked = {} if e.norm is None else dict(asked=e.norm, norm_ratio=found["edit"] / e.norm if e.norm else 1.0)
     return after, dict(matrix=m.name, layer=m.layer, kind=m.kind, restored=restored, **found, **asked)
 
-_THIN_FUNCTIONS = [METHODS[m] for m in THIN]   # a method of the same name that somebody put into METHODS is not ours
+
+_THIN_FUNCTIONS = [METHODS[m] for m in THIN]  # a method of the same name that somebody put into METHODS is not ours
 
 # %% ../nbs/05_recovery.ipynb #9ceb75fa
-def _bytes(t): return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+def _bytes(t):
+    return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
 
 def _reset(job, part, layers, kinds, progress):
     "Copies layers of the donor into the new folder; yields a row per tensor."
     target, donor, goal = job.target, job.donor, Checkpoint(part)
-    chosen, kinds, scales = set(layer_range(layers, target.n_layers)), [kinds] if isinstance(kinds, str) else kinds, set(target.scales.values())
+    chosen, kinds, scales = (
+        set(layer_range(layers, target.n_layers)),
+        [kinds] if isinstance(kinds, str) else kinds,
+        set(target.scales.values()),
+    )
     tensors = [m for m in map(describe, goal.names) if m.layer in chosen and (not kinds or m.kind in kinds)]
-    if not tensors: raise CheckpointError(f"{target.path} has no tensor of the kinds {kinds} in layers {sorted(chosen)}")
+    if not tensors:
+        raise CheckpointError(f"{target.path} has no tensor of the kinds {kinds} in layers {sorted(chosen)}")
     for m in tqdm(tensors, **_bar(job, progress, "tensor")):
         e, source = goal.entry(m.name), donor.entry(m.name)
         if source.dtype == e.dtype and m.name not in donor.overlay:
-            with open(source.file, "rb") as f: f.seek(source.start); raw = f.read(source.end - source.start)
+            with open(source.file, "rb") as f:
+                f.seek(source.start)
+                raw = f.read(source.end - source.start)
         elif e.dtype.itemsize == 1:
-            raise CheckpointError(f"{m.name} is stored as {e.dtype} in {target.path} and not in {donor.path}: reset cannot choose its scale")
-        else: raw = _bytes(donor.tensor(m.name).to(e.dtype))
-        with open(e.file, "r+b") as f: f.seek(e.start); f.write(raw)
-        if m.name in scales: continue
+            raise CheckpointError(
+                f"{m.name} is stored as {e.dtype} in {target.path} and not in {donor.path}: reset cannot choose its scale"
+            )
+        else:
+            raw = _bytes(donor.tensor(m.name).to(e.dtype))
+        with open(e.file, "r+b") as f:
+            f.seek(e.start)
+            f.write(raw)
+        if m.name in scales:
+            continue
         before, new = target.tensor(m.name), donor.tensor(m.name)
         after = new if e.dtype.itemsize == 1 else new.to(e.dtype)
         distance, edit = (float((x.double() - before.double()).norm()) for x in (new, after))
-        yield dict(matrix=m.name, layer=m.layer, kind=m.kind, edit_norm=edit / distance if distance else 0.0, edit=edit, distance=distance,
-                   changed=int((after != before).sum()), elements=before.numel())
+        yield dict(
+            matrix=m.name,
+            layer=m.layer,
+            kind=m.kind,
+            edit_norm=edit / distance if distance else 0.0,
+            edit=edit,
+            distance=distance,
+            changed=int((after != before).sum()),
+            elements=before.numel(),
+        )
 
-def _bar(job, progress, unit="matrix"): return dict(desc=f"{job.method}: {job.target.label} ← {job.donor.label}", unit=unit, disable=not progress, leave=False)
+
+def _bar(job, progress, unit="matrix"):
+    return dict(
+        desc=f"{job.method}: {job.target.label} ← {job.donor.label}", unit=unit, disable=not progress, leave=False
+    )
 
 # %% ../nbs/05_recovery.ipynb #6b9387a8
 def _edit_into(job, part, workers, progress):
     "Edits the matrices, several at once, each on one thread so that sums are the same however many there are; the rows in their order."
-    if not job.matrices: return []
+    if not job.matrices:
+        return []
     shapes, rows = [m.shape for m in job.matrices], {}
-    workers = workers or _workers(shapes, len(shapes), size=math.inf, checkpoints=4)      # an edit and its certificate hold about twice what a comparison does
+    workers = workers or _workers(
+        shapes, len(shapes), size=math.inf, checkpoints=4
+    )  # an edit and its certificate hold about twice what a comparison does
     with one_thread(), ThreadPoolExecutor(workers) as pool, tqdm(total=len(shapes), **_bar(job, progress)) as bar:
         waiting = {pool.submit(lambda m: _certified(job, m, _edited(job, m)), m): i for i, m in enumerate(job.matrices)}
         try:
             for future in as_completed(waiting):
                 i = waiting.pop(future)
                 after, rows[i] = future.result()
-                if rows[i]["changed"]: job.target.write(part, job.matrices[i], after)
+                if rows[i]["changed"]:
+                    job.target.write(part, job.matrices[i], after)
                 bar.update()
-        except BaseException: pool.shutdown(cancel_futures=True); raise
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return [rows[i] for i in range(len(shapes))]
-
 
 # %% ../nbs/05_recovery.ipynb #cdbd60c8
 def recover(
-    target,             # `Checkpoint` or path: what is repaired; it is only read
-    donor,              # `Checkpoint` or path: where directions come from
-    out,                # folder to make; a `CheckpointError` when it exists
+    target,  # `Checkpoint` or path: what is repaired; it is only read
+    donor,  # `Checkpoint` or path: where directions come from
+    out,  # folder to make; a `CheckpointError` when it exists
     method="anchored",  # a name in `METHODS`, or 'reset'
-    top=0.2,            # leading ranks: share (float) or number (int)
-    tail=0.0,           # trailing ranks, likewise
-    layers=None,        # see `layer_range`: None (all), 'first 25%', 'last 2', '0-3', [0, 1]
-    kinds=None,         # see `Checkpoint.matrices`
-    alpha=None,         # for 'interpolate': 0 target, 1 donor, beyond them extrapolation
-    like="anchored",    # for 'interpolate_to_norm' and 'random': whose edit norm is matched, matrix by matrix; 'donor' for all of donor - target
-    seed=0,             # for 'random'
-    progress=True,      # a progress bar over matrices
-    bulk=0.0,           # ranks in the middle: share (float) or number (int)
-    sigma="target",     # whose singular values restored directions carry: 'target' or 'donor' (uv, anchored, symmetric)
-    cache=None,         # where factors are kept: None (nowhere), True (the user's cache) or a folder
-    certify="full",     # 'quick' leaves out the decomposition of every result, see `certificate`
-    as_lora=False,      # True: write the edit as a LoRA adapter for `target` instead of a checkpoint (float32), or a dtype's name, 'bfloat16'
-    rank=None,          # for `as_lora`: largest rank of the adapter; default: the edit's own
-    workers=None,       # matrices at once; default: one per core, as memory allows
-) -> Path:              # `out`
+    top=0.2,  # leading ranks: share (float) or number (int)
+    tail=0.0,  # trailing ranks, likewise
+    layers=None,  # see `layer_range`: None (all), 'first 25%', 'last 2', '0-3', [0, 1]
+    kinds=None,  # see `Checkpoint.matrices`
+    alpha=None,  # for 'interpolate': 0 target, 1 donor, beyond them extrapolation
+    like="anchored",  # for 'interpolate_to_norm' and 'random': whose edit norm is matched, matrix by matrix; 'donor' for all of donor - target
+    seed=0,  # for 'random'
+    progress=True,  # a progress bar over matrices
+    bulk=0.0,  # ranks in the middle: share (float) or number (int)
+    sigma="target",  # whose singular values restored directions carry: 'target' or 'donor' (uv, anchored, symmetric)
+    cache=None,  # where factors are kept: None (nowhere), True (the user's cache) or a folder
+    certify="full",  # 'quick' leaves out the decomposition of every result, see `certificate`
+    as_lora=False,  # True: write the edit as a LoRA adapter for `target` instead of a checkpoint (float32), or a dtype's name, 'bfloat16'
+    rank=None,  # for `as_lora`: largest rank of the adapter; default: the edit's own
+    workers=None,  # matrices at once; default: one per core, as memory allows
+) -> Path:  # `out`
     "Writes a repaired copy of `target` that `from_pretrained` loads, with `recovery.json` beside it. All or nothing."
-    job, notes = _job(target, donor, method, layers, kinds, cache, certify, top=top, tail=tail, bulk=bulk, sigma=sigma, alpha=alpha, like=like, seed=seed)
+    job, notes = _job(
+        target,
+        donor,
+        method,
+        layers,
+        kinds,
+        cache,
+        certify,
+        top=top,
+        tail=tail,
+        bulk=bulk,
+        sigma=sigma,
+        alpha=alpha,
+        like=like,
+        seed=seed,
+    )
     if as_lora:
-        with _new_folder(out) as part: _write_adapter(part, job, layers, kinds, notes, progress, as_lora, rank)
+        with _new_folder(out) as part:
+            _write_adapter(part, job, layers, kinds, notes, progress, as_lora, rank)
         return Path(out)
-    if rank is not None: raise ValueError("rank belongs to as_lora: a checkpoint holds an edit of any rank")
+    if rank is not None:
+        raise ValueError("rank belongs to as_lora: a checkpoint holds an edit of any rank")
     with _new_folder(out, job.target) as part:
         rows = list(_reset(job, part, layers, kinds, progress)) if method == "reset" else []
-        rest = None if method == "reset" else _whole_way(job.target, job.donor, {m.name: 0.0 for m in job.matrices})     # what cannot be read is told before the work
+        rest = (
+            None if method == "reset" else _whole_way(job.target, job.donor, {m.name: 0.0 for m in job.matrices})
+        )  # what cannot be read is told before the work
         rows += _edit_into(job, part, workers, progress)
         _write_record(part, job, layers, kinds, notes, rows, rest=rest)
     return Path(out)
@@ -617,65 +911,115 @@ def _doubts(job, rows):
     null = {r["matrix"]: r["null_ranks"] for r in rows if r.get("null_ranks") and r["restored"]}
     if null:
         name, n = next(iter(null.items()))
-        warnings.warn(f"{job.donor.label} has directions that are no more than rounding among those that were restored ({n} in {name}, {len(null)} matrices in all): they are arbitrary", stacklevel=4)
+        warnings.warn(
+            f"{job.donor.label} has directions that are no more than rounding among those that were restored ({n} in {name}, {len(null)} matrices in all): they are arbitrary",
+            stacklevel=4,
+        )
     cosines = [r["cosine"] for r in rows if "cosine" in r]
-    if cosines and np.median(cosines) < 0.1:       # a fine-tuned matrix is near its base; two trainings from different seeds have a cosine near 0
-        warnings.warn(f"{job.target.label} and {job.donor.label} look unrelated (median cosine of their matrices {np.median(cosines):.2f}): is the donor an earlier checkpoint of the same model?", stacklevel=4)
+    if (
+        cosines and np.median(cosines) < 0.1
+    ):  # a fine-tuned matrix is near its base; two trainings from different seeds have a cosine near 0
+        warnings.warn(
+            f"{job.target.label} and {job.donor.label} look unrelated (median cosine of their matrices {np.median(cosines):.2f}): is the donor an earlier checkpoint of the same model?",
+            stacklevel=4,
+        )
 
-def _root(values): return float(np.sqrt(sum(v * v for v in values)))
-def _largest(rows, key): return max((r[key] for r in rows if r.get(key) is not None), default=None)
+
+def _root(values):
+    return float(np.sqrt(sum(v * v for v in values)))
+
+
+def _largest(rows, key):
+    return max((r[key] for r in rows if r.get(key) is not None), default=None)
+
 
 def _write_record(part, job, layers, kinds, notes, rows, whole=None, rest=None, **more):
     edit, way, target, donor = _root(r["edit"] for r in rows), _root(r["distance"] for r in rows), job.target, job.donor
     known = {r["matrix"]: r["distance"] for r in rows}
-    if rest is not None: whole = _root([rest, *(known[n] for n in _in_both(target, donor) if n in known)])
-    if whole is None: whole = _whole_way(target, donor, known)
-    if any("asked" in r for r in rows): more["norm_ratio"] = edit / asked if (asked := _root(r["asked"] for r in rows)) else 1.0
-    record = dict(method=job.method, **job.options, layers=None if layers is None else layer_range(layers, target.n_layers), kinds=kinds,
-                  target=dict(path=str(target.path), sha256=target.digest()), donor=dict(path=str(donor.path), sha256=donor.digest()), notes=notes,
-                  edit_norm=edit / way if way else 0.0, edit_norm_all=edit / whole if whole else 0.0,
-                  restored=sum(r.get("restored", 0) for r in rows), changed=sum(r["changed"] for r in rows), certify=job.certify,
-                  **{k: _largest(rows, k) for k in ("sigma_change_of_norm", "sigma_bound", "orthogonality")}, **more, matrices=rows)
+    if rest is not None:
+        whole = _root([rest, *(known[n] for n in _in_both(target, donor) if n in known)])
+    if whole is None:
+        whole = _whole_way(target, donor, known)
+    if any("asked" in r for r in rows):
+        more["norm_ratio"] = edit / asked if (asked := _root(r["asked"] for r in rows)) else 1.0
+    record = dict(
+        method=job.method,
+        **job.options,
+        layers=None if layers is None else layer_range(layers, target.n_layers),
+        kinds=kinds,
+        target=dict(path=str(target.path), sha256=target.digest()),
+        donor=dict(path=str(donor.path), sha256=donor.digest()),
+        notes=notes,
+        edit_norm=edit / way if way else 0.0,
+        edit_norm_all=edit / whole if whole else 0.0,
+        restored=sum(r.get("restored", 0) for r in rows),
+        changed=sum(r["changed"] for r in rows),
+        certify=job.certify,
+        **{k: _largest(rows, k) for k in ("sigma_change_of_norm", "sigma_bound", "orthogonality")},
+        **more,
+        matrices=rows,
+    )
     (part / "recovery.json").write_text(json.dumps(record, indent=1) + "\n")
     _doubts(job, rows)
 
-CHUNK = 2 ** 22   # numbers that are looked at in float64 at once
+
+CHUNK = 2**22  # numbers that are looked at in float64 at once
+
 
 def _distance(X, Y):
     "The Frobenius norm of Y - X, in float64, some rows at a time."
-    if not X.ndim: return abs(float(Y) - float(X))
+    if not X.ndim:
+        return abs(float(Y) - float(X))
     rows = max(1, CHUNK * len(X) // max(1, X.numel()))
     return _root(float((y.double() - x.double()).norm()) for x, y in zip(X.split(rows), Y.split(rows)))
 
+
 def _whole_way(target, donor, known={}):
     "The Frobenius norm of the difference over all tensors that both have in one shape; `known`: of some, by name."
-    return _root(known[n] if n in known else _distance(target.tensor(n), donor.tensor(n)) for n in _in_both(target, donor))
+    return _root(
+        known[n] if n in known else _distance(target.tensor(n), donor.tensor(n)) for n in _in_both(target, donor)
+    )
+
 
 def _in_both(target, donor):
     "Names of the tensors that can be subtracted."
-    return [n for n in target.names if target.dtype(n).is_floating_point and n in donor.entries and n not in target.scales.values() and target.shape(n) == donor.shape(n)]
+    return [
+        n
+        for n in target.names
+        if target.dtype(n).is_floating_point
+        and n in donor.entries
+        and n not in target.scales.values()
+        and target.shape(n) == donor.shape(n)
+    ]
+
 
 def recovery_record(
-    folder,    # what `recover` wrote
-) -> tuple:    # (settings and totals: dict, certificates: DataFrame, one line per matrix)
+    folder,  # what `recover` wrote
+) -> tuple:  # (settings and totals: dict, certificates: DataFrame, one line per matrix)
     "Reads the `recovery.json` of a recovered checkpoint or adapter."
     path = Path(folder) / "recovery.json"
-    if not path.is_file(): raise CheckpointError(f"{folder} has no recovery.json: it was not written by recover")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no recovery.json: it was not written by recover")
     record = json.loads(path.read_text())
-    rows = [{k: np.nan if v is None and k not in ("layer", "kind") else v for k, v in r.items()} for r in record["matrices"]]
+    rows = [
+        {k: np.nan if v is None and k not in ("layer", "kind") else v for k, v in r.items()} for r in record["matrices"]
+    ]
     return {k: v for k, v in record.items() if k != "matrices"}, pd.DataFrame(rows)
 
 # %% ../nbs/05_recovery.ipynb #e2429c45
 def lora_factors(
-    L,                      # (m, p)
-    R,                      # (p, n)
-    rank=None,              # largest rank to keep; default: the numerical rank of L @ R
-    dtype=torch.float32,    # of the result
-) -> tuple:                 # B (m, rank), A (rank, n)
+    L,  # (m, p)
+    R,  # (p, n)
+    rank=None,  # largest rank to keep; default: the numerical rank of L @ R
+    dtype=torch.float32,  # of the result
+) -> tuple:  # B (m, rank), A (rank, n)
     "B @ A = L @ R with the singular values shared evenly, truncated to `rank`: the best approximation of that rank."
     (Q, X), (P, Y) = torch.linalg.qr(L), torch.linalg.qr(R.T)
     U, s, Vh = torch.linalg.svd(X @ Y.T)
-    r = min(int((s > torch.finfo(s.dtype).eps * max(len(L), R.shape[1]) * s[0]).sum()) if len(s) else 0, len(s) if rank is None else rank)
+    r = min(
+        int((s > torch.finfo(s.dtype).eps * max(len(L), R.shape[1]) * s[0]).sum()) if len(s) else 0,
+        len(s) if rank is None else rank,
+    )
     root = s[:r].sqrt()
     return (Q @ U[:, :r] * root).to(dtype), (root[:, None] * (Vh[:r] @ P.T)).to(dtype)
 
@@ -683,35 +1027,54 @@ def lora_factors(
 def _modules(checkpoint):
     "Module name -> class name for the model that a config describes, and its base prefix; nothing is allocated."
     import transformers
+
     names = checkpoint.config.get("architectures") or []
     known = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} names architectures {names}: as_lora needs one that the installed transformers knows")
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} names architectures {names}: as_lora needs one that the installed transformers knows"
+        )
     try:
-        with torch.device("meta"): model = known(known.config_class.from_dict(checkpoint.config))
-    except Exception as e: raise CheckpointError(f"{names[0]} cannot be built from {checkpoint.path / 'config.json'} ({e}): as_lora needs its modules") from e
+        with torch.device("meta"):
+            model = known(known.config_class.from_dict(checkpoint.config))
+    except Exception as e:
+        raise CheckpointError(
+            f"{names[0]} cannot be built from {checkpoint.path / 'config.json'} ({e}): as_lora needs its modules"
+        ) from e
     return {n: type(x).__name__ for n, x in model.named_modules()}, model.base_model_prefix
+
 
 def _module_of(tensor, modules, prefix):
     "The linear layer that a stored tensor belongs to; a `CheckpointError` when peft has no LoRA for it."
     plain = tensor.removesuffix(".weight")
     found = next((n for n in (plain, f"{prefix}.{plain}", plain.removeprefix(f"{prefix}.")) if n in modules), None)
     if found is None or not tensor.endswith(".weight"):
-        raise CheckpointError(f"{tensor} is not a module of its own in the loaded model (stacked experts, or renamed): "
-                              "leave its kind out with kinds=, or write a whole checkpoint")
+        raise CheckpointError(
+            f"{tensor} is not a module of its own in the loaded model (stacked experts, or renamed): "
+            "leave its kind out with kinds=, or write a whole checkpoint"
+        )
     if modules[found] not in ("Linear", "Conv1D"):
-        raise CheckpointError(f"{tensor} belongs to a layer of class {modules[found]}, and this adapter holds linear layers only: "
-                              "leave its kind out with kinds=")
+        raise CheckpointError(
+            f"{tensor} belongs to a layer of class {modules[found]}, and this adapter holds linear layers only: "
+            "leave its kind out with kinds="
+        )
     return found
+
 
 def _in_whole(checkpoint, m, L, R):
     "Thin factors of a part of a tensor as factors of the whole, which is (out, in)."
-    if m.view is None: return L, R
+    if m.view is None:
+        return L, R
     sizes, index = m.view
     at = torch.arange(math.prod(sizes)).reshape(sizes)[tuple(i if isinstance(i, int) else slice(*i) for i in index)]
     stored = checkpoint.shape(m.tensor)
-    row, col = at.reshape(m.shape[::-1] if m.transposed else m.shape) // stored[1], at.reshape(m.shape[::-1] if m.transposed else m.shape) % stored[1]
-    rows, cols, n_out, n_in = (col[0], row[:, 0], stored[1], stored[0]) if m.transposed else (row[:, 0], col[0], *stored)
+    row, col = (
+        at.reshape(m.shape[::-1] if m.transposed else m.shape) // stored[1],
+        at.reshape(m.shape[::-1] if m.transposed else m.shape) % stored[1],
+    )
+    rows, cols, n_out, n_in = (
+        (col[0], row[:, 0], stored[1], stored[0]) if m.transposed else (row[:, 0], col[0], *stored)
+    )
     whole = L.new_zeros(n_out, L.shape[1]), R.new_zeros(R.shape[0], n_in)
     whole[0][rows], whole[1][:, cols] = L, R
     return whole
@@ -731,93 +1094,192 @@ def _lora_part(job, m, rank, dtype):
 def _name_for_peft(path):
     "How an adapter's config names a base: a folder of the hub's cache by the hub's name and revision, which others can find, too."
     path = path.resolve()
-    if path.parent.name != "snapshots" or not path.parents[1].name.startswith("models--"): return dict(base_model_name_or_path=str(path))
-    return dict(base_model_name_or_path=path.parents[1].name.removeprefix("models--").replace("--", "/"), revision=path.name)
+    if path.parent.name != "snapshots" or not path.parents[1].name.startswith("models--"):
+        return dict(base_model_name_or_path=str(path))
+    return dict(
+        base_model_name_or_path=path.parents[1].name.removeprefix("models--").replace("--", "/"), revision=path.name
+    )
+
 
 def _write_adapter(part, job, layers, kinds, notes, progress, dtype, rank):
     if job.method == "reset":
-        raise ValueError("reset replaces norms and biases too, which an adapter cannot hold: use method='interpolate', alpha=1.0 with layers=")
-    if job.target.base: raise CheckpointError(f"{job.target.path} is itself an adapter: recover it as a checkpoint, and write the adapter for that")
+        raise ValueError(
+            "reset replaces norms and biases too, which an adapter cannot hold: use method='interpolate', alpha=1.0 with layers="
+        )
+    if job.target.base:
+        raise CheckpointError(
+            f"{job.target.path} is itself an adapter: recover it as a checkpoint, and write the adapter for that"
+        )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank = {rank!r}: expected a whole number from 1")
     dtype = torch.float32 if dtype is True else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError("as_lora: expected True, 'float32', 'bfloat16' or 'float16'")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError("as_lora: expected True, 'float32', 'bfloat16' or 'float16'")
     modules, prefix = _modules(job.target)
     places = {m.tensor: _module_of(m.tensor, modules, prefix) for m in job.matrices}
     rows, parts, tensors, ranks = [], {}, {}, {}
     for m in tqdm(job.matrices, **_bar(job, progress)):
         row, B, A = _lora_part(job, m, rank, dtype)
         rows.append(row)
-        if B.shape[1]: parts.setdefault(m.tensor, []).append(_in_whole(job.target, m, B, A))
-    if not parts: raise ValueError("the edit changes nothing, and an adapter of rank 0 cannot be written: ask for more ranks or other layers")
+        if B.shape[1]:
+            parts.setdefault(m.tensor, []).append(_in_whole(job.target, m, B, A))
+    if not parts:
+        raise ValueError(
+            "the edit changes nothing, and an adapter of rank 0 cannot be written: ask for more ranks or other layers"
+        )
     for tensor, found in parts.items():
         module, B, A = places[tensor], torch.cat([b for b, _ in found], 1), torch.cat([a for _, a in found])
-        tensors |= {f"base_model.model.{module}.lora_{k}.weight": X.to(dtype).contiguous() for k, X in zip("AB", (A, B))}
+        tensors |= {
+            f"base_model.model.{module}.lora_{k}.weight": X.to(dtype).contiguous() for k, X in zip("AB", (A, B))
+        }
         ranks[module] = B.shape[1]
     save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
     arch, default = job.target.config["architectures"][0], max(ranks.values())
     task = "SEQ_2_SEQ_LM" if job.target.config.get("is_encoder_decoder") else "CAUSAL_LM" if "LM" in arch else None
-    config = dict(peft_type="LORA", task_type=task, **_name_for_peft(job.target.path), inference_mode=True, r=default, lora_alpha=default,
-                  target_modules=sorted(ranks), rank_pattern=ranks, alpha_pattern=ranks, fan_in_fan_out=any(modules[places[t]] == "Conv1D" for t in parts),
-                  bias="none", lora_dropout=0.0, init_lora_weights=True, use_rslora=False, use_dora=False)
+    config = dict(
+        peft_type="LORA",
+        task_type=task,
+        **_name_for_peft(job.target.path),
+        inference_mode=True,
+        r=default,
+        lora_alpha=default,
+        target_modules=sorted(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        fan_in_fan_out=any(modules[places[t]] == "Conv1D" for t in parts),
+        bias="none",
+        lora_dropout=0.0,
+        init_lora_weights=True,
+        use_rslora=False,
+        use_dora=False,
+    )
     (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     edit, lost = _root(r["lora_edit"] for r in rows), _root(r["lora_edit"] * r["lora_error"] for r in rows)
-    _write_record(part, job, layers, kinds, notes, rows, as_lora=str(dtype).removeprefix("torch."), lora_error=lost / edit,
-                  lora_error_max=_largest(rows, "lora_error"))
+    _write_record(
+        part,
+        job,
+        layers,
+        kinds,
+        notes,
+        rows,
+        as_lora=str(dtype).removeprefix("torch."),
+        lora_error=lost / edit,
+        lora_error_max=_largest(rows, "lora_error"),
+    )
 
 # %% ../nbs/05_recovery.ipynb #a5e53fee
-METHOD_STYLES = {"uv": ("#D55E00", "s", "UV merge (paper)"), "anchored": ("#0072B2", "o", "anchored merge"),
-                 "symmetric": ("#56B4E9", "v", "symmetric merge"),
-                 "direct": ("#CC79A7", "P", "direct rotation"), "interpolate": ("#000000", "x", "interpolation"),
-                 "interpolate_to_norm": ("#000000", "x", "interpolation, equal edit"), "random": ("#999999", "d", "noise, equal edit"),
-                 "sigma_only": ("#F0E442", "*", "σ only"), "reset": ("#009E73", "D", "layer reset")}
+METHOD_STYLES = {
+    "uv": ("#D55E00", "s", "UV merge (paper)"),
+    "anchored": ("#0072B2", "o", "anchored merge"),
+    "symmetric": ("#56B4E9", "v", "symmetric merge"),
+    "direct": ("#CC79A7", "P", "direct rotation"),
+    "interpolate": ("#000000", "x", "interpolation"),
+    "interpolate_to_norm": ("#000000", "x", "interpolation, equal edit"),
+    "random": ("#999999", "d", "noise, equal edit"),
+    "sigma_only": ("#F0E442", "*", "σ only"),
+    "reset": ("#009E73", "D", "layer reset"),
+}
 
 # %% ../nbs/05_recovery.ipynb #38651047
-def _share(x): return f"{x:.0%}" if isinstance(x, float) else f"{x}"
+def _share(x):
+    return f"{x:.0%}" if isinstance(x, float) else f"{x}"
+
 
 def plot_recovery(
-    table,           # method, top, tail, layers, edit_norm, rule, success, seed, recovered (1: all that was lost)
-    x="edit_norm",   # 'edit_norm' or 'top'
-    y="recovered",   # 'recovered' (drawn in %) or 'success'
-    rule="OOD",      # rows of this rule, where the table has the column
+    table,  # method, top, tail, layers, edit_norm, rule, success, seed, recovered (1: all that was lost)
+    x="edit_norm",  # 'edit_norm' or 'top'
+    y="recovered",  # 'recovered' (drawn in %) or 'success'
+    rule="OOD",  # rows of this rule, where the table has the column
     ax=None,
 ) -> plt.Axes:
     "What an edit gives back against its size, a line per method in the order of `top`; tail edits are open marks; values below −100 % are written."
     ax = ax or plt.subplots(figsize=(6.2, 3.8), layout="constrained")[1]
     table = table[table.rule == rule] if "rule" in table else table
-    if table.empty: raise ValueError(f"the table has no rows for rule {rule!r}")
-    table = table.assign(**{c: table.get(c, default) for c, default in (("tail", 0.0), ("layers", None), ("seed", 0), ("alpha", np.nan))})
+    if table.empty:
+        raise ValueError(f"the table has no rows for rule {rule!r}")
+    table = table.assign(
+        **{c: table.get(c, default) for c, default in (("tail", 0.0), ("layers", None), ("seed", 0), ("alpha", np.nan))}
+    )
     setting, floor = ["top", "tail", "layers", "alpha"], -100 if y == "recovered" else -np.inf
-    for i, method in enumerate(sorted(set(table.method), key=lambda m: list(METHOD_STYLES).index(m) if m in METHOD_STYLES else 99)):
+    for i, method in enumerate(
+        sorted(set(table.method), key=lambda m: list(METHOD_STYLES).index(m) if m in METHOD_STYLES else 99)
+    ):
         color, marker, label = METHOD_STYLES.get(method, (f"C{i}", "h", method))
-        rows = table[(table.method == method) & table[x].notna()].assign(layers=lambda t: t.layers.map(str), **{y: lambda t: 100 * t[y]})
-        if x == "top": rows = rows[rows["tail"] == 0]
-        if rows.empty: continue
+        rows = table[(table.method == method) & table[x].notna()].assign(
+            layers=lambda t: t.layers.map(str), **{y: lambda t: 100 * t[y]}
+        )
+        if x == "top":
+            rows = rows[rows["tail"] == 0]
+        if rows.empty:
+            continue
         group = rows.groupby(setting, dropna=False)[[x, y]]
         mean, low, high = group.mean(), group.min()[y].clip(lower=floor), group.max()[y].clip(lower=floor)
         shown, alone = mean[y].clip(lower=floor), mean.index.get_level_values("tail") > 0
-        edge = dict(color=color, marker=marker, ms=6.5, zorder=3 if marker == "x" else 2,
-                    markeredgecolor=color if marker == "x" else "0.15", markeredgewidth=1.6 if marker == "x" else 0.5)
-        line = {"interpolate": "--", "interpolate_to_norm": "--", "random": ":", "reset": "", "sigma_only": ""}.get(method, "-")
+        edge = dict(
+            color=color,
+            marker=marker,
+            ms=6.5,
+            zorder=3 if marker == "x" else 2,
+            markeredgecolor=color if marker == "x" else "0.15",
+            markeredgewidth=1.6 if marker == "x" else 0.5,
+        )
+        line = {"interpolate": "--", "interpolate_to_norm": "--", "random": ":", "reset": "", "sigma_only": ""}.get(
+            method, "-"
+        )
         ax.plot(mean[x][~alone], shown[~alone], lw=1.5, linestyle=line, label=label, **edge)
-        ax.plot(mean[x][alone], shown[alone], linestyle="", **{**edge, "markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1.3})
-        if (high > low).any(): ax.vlines(mean[x], low, high, color=color, lw=0.9)
+        ax.plot(
+            mean[x][alone],
+            shown[alone],
+            linestyle="",
+            **{**edge, "markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1.3},
+        )
+        if (high > low).any():
+            ax.vlines(mean[x], low, high, color=color, lw=0.9)
         for (top, tail, layers, *_), at, value, true in zip(mean.index, mean[x], shown, mean[y]):
-            note = layers if method == "reset" else f"tail {_share(tail)}" if tail else _share(top) if method in ("uv", "anchored") else ""
-            if x != "edit_norm" or method in ("random", "interpolate_to_norm", "symmetric", "direct") and not tail: note = ""
+            note = (
+                layers
+                if method == "reset"
+                else f"tail {_share(tail)}"
+                if tail
+                else _share(top)
+                if method in ("uv", "anchored")
+                else ""
+            )
+            if x != "edit_norm" or method in ("random", "interpolate_to_norm", "symmetric", "direct") and not tail:
+                note = ""
             below = dict(xy=(at, value), textcoords="offset points", fontsize=8, color=color)
             if note:
-                ax.annotate(note, xytext=(-6, 5) if method == "reset" else (6, -3 if method == "uv" else -9),
-                    ha="right" if method == "reset" else "left", **below)
-            if true < floor: ax.annotate(f"{true:.0f}", xytext=(0, -14), ha="center", **below)
+                ax.annotate(
+                    note,
+                    xytext=(-6, 5) if method == "reset" else (6, -3 if method == "uv" else -9),
+                    ha="right" if method == "reset" else "left",
+                    **below,
+                )
+            if true < floor:
+                ax.annotate(f"{true:.0f}", xytext=(0, -14), ha="center", **below)
     if y == "recovered":
         for level, name in ((0, "target"), (100, "donor")):
             ax.axhline(level, color="0.5", lw=0.9, zorder=0)
-            ax.annotate(name, (1, level), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-                        fontsize=8, color="0.4")
-    ax.set(xlabel={"edit_norm": "size of the edit, ‖edit‖ / ‖donor − target‖", "top": "share of leading singular vectors restored"}.get(x, x),
-           ylabel="share of the loss given back (%)" if y == "recovered" else f"{rule} {y} (%)")
-    if x == "top": ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+            ax.annotate(
+                name,
+                (1, level),
+                (-2, 2),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color="0.4",
+            )
+    ax.set(
+        xlabel={
+            "edit_norm": "size of the edit, ‖edit‖ / ‖donor − target‖",
+            "top": "share of leading singular vectors restored",
+        }.get(x, x),
+        ylabel="share of the loss given back (%)" if y == "recovered" else f"{rule} {y} (%)",
+    )
+    if x == "top":
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     ax.margins(x=0.09, y=0.08)
-    ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax

@@ -13,20 +13,39 @@ __all__ = ['RULE_COLORS', 'resolve', 'load_model', 'world', 'resolve_precision',
            'plot_curve']
 
 # %% ../nbs/01_sft.ipynb #55b64304
-import functools, gc, inspect, json, math, os, shutil, sys, time, warnings
+import functools
+import gc
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch, transformers
+import numpy as np
+import pandas as pd
+import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from filelock import FileLock, Timeout
 from .folders import atomic, base_of, locate, write_json
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -36,65 +55,111 @@ def resolve(
 ) -> Path:
     "The folder of a checkpoint that can be loaded; a `ValueError` says what is missing when it is none."
     path = locate(checkpoint)
-    if _is_adapter(path): return path
-    if not (path / "config.json").exists(): raise ValueError(f"{path} has no config.json: it is not a Hugging Face checkpoint")
-    if not list(path.glob("*.safetensors")): raise ValueError(f"{path} has no *.safetensors, and pickled weights are not read: convert them")
+    if _is_adapter(path):
+        return path
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path} has no config.json: it is not a Hugging Face checkpoint")
+    if not list(path.glob("*.safetensors")):
+        raise ValueError(f"{path} has no *.safetensors, and pickled weights are not read: convert them")
     return path
 
-def _is_adapter(path): return (path / "adapter_config.json").exists() and (path / "adapter_model.safetensors").exists() and not list(path.glob("model*.safetensors"))
+
+def _is_adapter(path):
+    return (
+        (path / "adapter_config.json").exists()
+        and (path / "adapter_model.safetensors").exists()
+        and not list(path.glob("model*.safetensors"))
+    )
+
 
 @contextmanager
 def _quiet(level=None):
     "Without transformers' own progress bars, and with its messages from a level on."
     bars, before = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar(); transformers_logging.set_verbosity(level or before)
-    try: yield
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(level or before)
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(before)
-        if bars: transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
+
 
 def _causal_class(path):
     "The class for a checkpoint; for the language part of a model that also sees the one that its config names: the automatic class does not know it."
     name = (json.loads((path / "config.json").read_text()).get("architectures") or [""])[0]
     named = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
-    return named if named is not None and type(AutoConfig.from_pretrained(path)).__name__.endswith("TextConfig") else AutoModelForCausalLM
+    return (
+        named
+        if named is not None and type(AutoConfig.from_pretrained(path)).__name__.endswith("TextConfig")
+        else AutoModelForCausalLM
+    )
 
 # %% ../nbs/01_sft.ipynb #3ab0e826
 def _load_tokenizer(path):
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    if tokenizer.chat_template is None: raise ValueError(f"the tokenizer in {path} has no chat template: use an instruction-tuned checkpoint, or set one")
-    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer in {path} has no chat template: use an instruction-tuned checkpoint, or set one"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
 
 def _check_loaded(model, found, path):
     "A `ValueError` names a tensor that the checkpoint lacks, that has another shape than its config says, or that is not finite."
     for name, there, wanted in sorted(found["mismatched_keys"]):
-        raise ValueError(f"{name} in {path} has the shape {tuple(there)}, its config.json wants {tuple(wanted)}: weights and config are not of one model")
+        raise ValueError(
+            f"{name} in {path} has the shape {tuple(there)}, its config.json wants {tuple(wanted)}: weights and config are not of one model"
+        )
     missing = sorted(found["missing_keys"])
-    if missing: raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them: they would be random")
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them: they would be random"
+        )
     bad = _not_finite(model)
-    if bad: raise ValueError(f"{bad} in {path} holds NaN or infinite values: the training that wrote it diverged; use an earlier checkpoint")
+    if bad:
+        raise ValueError(
+            f"{bad} in {path} holds NaN or infinite values: the training that wrote it diverged; use an earlier checkpoint"
+        )
+
 
 def _not_finite(model):
     "Name of a parameter that holds NaN or infinite values, None if there is none; of sharded ones this process's pieces."
-    return next((n for n, p in model.named_parameters() if not torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all()), None)
+    return next(
+        (
+            n
+            for n, p in model.named_parameters()
+            if not torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all()
+        ),
+        None,
+    )
 
 # %% ../nbs/01_sft.ipynb #c59243b5
 def load_model(
-    checkpoint,    # what `locate` knows; an adapter is laid over its base and merged
+    checkpoint,  # what `locate` knows; an adapter is laid over its base and merged
     dtype="auto",  # torch dtype of the weights; 'auto' keeps the checkpoint's
-    device=None,   # torch device; None takes the GPU when there is one
-):                 # (model in eval mode, tokenizer with padding on the left)
+    device=None,  # torch device; None takes the GPU when there is one
+):  # (model in eval mode, tokenizer with padding on the left)
     "A causal language model and its tokenizer."
-    gc.collect()                                                # a GPU's memory is not given back for cycles of references
+    gc.collect()  # a GPU's memory is not given back for cycles of references
     path = resolve(checkpoint)
-    if _is_adapter(path): return _with_adapter(path, dtype, device)
-    tokenizer, options = _load_tokenizer(path), dict(dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    if _is_adapter(path):
+        return _with_adapter(path, dtype, device)
+    tokenizer, options = (
+        _load_tokenizer(path),
+        dict(dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True),
+    )
     try:
-        with _quiet(transformers_logging.ERROR): model, found = _causal_class(path).from_pretrained(path, **options)     # a vision part stays aside
-    except Exception as e: raise ValueError(f"{path} cannot be loaded as a causal language model: {e}") from e
+        with _quiet(transformers_logging.ERROR):
+            model, found = _causal_class(path).from_pretrained(path, **options)  # a vision part stays aside
+    except Exception as e:
+        raise ValueError(f"{path} cannot be loaded as a causal language model: {e}") from e
     _check_loaded(model, found, path)
-    if model.base_model is model and hasattr(model, "model"): model.base_model_prefix = "model"     # Mllama's language part names another; TRL looks for it
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"  # Mllama's language part names another; TRL looks for it
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 # %% ../nbs/01_sft.ipynb #6310a9e9
@@ -102,108 +167,168 @@ def _with_adapter(path, dtype, device):
     "(model, tokenizer) of a LoRA adapter: its base, with the adapter merged; a `ValueError` when the two do not belong together."
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
-    base = base_of(path, json.loads((path / "adapter_config.json").read_text()))
-    if base is None: raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path): say what the adapter is laid over")
-    model, tokenizer = load_model(base, dtype, device)
-    with safe_open(path / "adapter_model.safetensors", "pt") as f: stored = set(f.keys())
-    try:
-        with _no_outlook(), _quiet(transformers_logging.ERROR): network = PeftModel.from_pretrained(model, path)
-    except (RuntimeError, KeyError, ValueError) as e: raise ValueError(f"{path} does not fit its base {base}: {e}") from e
-    lost = sorted(stored ^ set(get_peft_model_state_dict(network)))
-    if lost: raise ValueError(f"{path} does not fit its base {base}: {lost[0]} is in one of the two only ({len(lost)} in all)")
-    bad = _not_finite(network)
-    if bad: raise ValueError(f"{bad} of {path} holds NaN or infinite values: the training that wrote it diverged; use an earlier checkpoint")
-    return network.merge_and_unload().eval(), tokenizer
 
+    base = base_of(path, json.loads((path / "adapter_config.json").read_text()))
+    if base is None:
+        raise ValueError(
+            f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path): say what the adapter is laid over"
+        )
+    model, tokenizer = load_model(base, dtype, device)
+    with safe_open(path / "adapter_model.safetensors", "pt") as f:
+        stored = set(f.keys())
+    try:
+        with _no_outlook(), _quiet(transformers_logging.ERROR):
+            network = PeftModel.from_pretrained(model, path)
+    except (RuntimeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} does not fit its base {base}: {e}") from e
+    lost = sorted(stored ^ set(get_peft_model_state_dict(network)))
+    if lost:
+        raise ValueError(
+            f"{path} does not fit its base {base}: {lost[0]} is in one of the two only ({len(lost)} in all)"
+        )
+    bad = _not_finite(network)
+    if bad:
+        raise ValueError(
+            f"{bad} of {path} holds NaN or infinite values: the training that wrote it diverged; use an earlier checkpoint"
+        )
+    return network.merge_and_unload().eval(), tokenizer
 
 # %% ../nbs/01_sft.ipynb #eb7c43e1
 def _on_cpu():
     "Whether accelerate has to be told that there is no GPU; where DeepSpeed is asked for it finds that out by itself."
     return not torch.cuda.is_available() and not _by_deepspeed()
 
+
 def world():
     "accelerate's `PartialState`: which process this is, of how many; the only one, unless `accelerate launch` or `torchrun` started more."
     backend = {} if torch.cuda.is_available() or _on_cpu() else dict(backend="gloo")
     return PartialState(cpu=_on_cpu(), timeout=timedelta(days=7), **backend)
+
 
 def resolve_precision(
     precision,  # 'no', 'bf16', 'fp16', or 'auto': what `accelerate launch` was told; without it bf16 on a GPU, else 'no'
 ) -> str:
     "The arithmetic that a setting stands for here; a `ValueError` where launcher and setting say different things."
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    if precision == "auto": precision = told or ("bf16" if torch.cuda.is_available() else "no")
-    if told and told != precision: raise ValueError(f"precision is {precision!r}, and accelerate was launched with --mixed_precision {told}: say the same twice, or precision = auto")
+    if precision == "auto":
+        precision = told or ("bf16" if torch.cuda.is_available() else "no")
+    if told and told != precision:
+        raise ValueError(
+            f"precision is {precision!r}, and accelerate was launched with --mixed_precision {told}: say the same twice, or precision = auto"
+        )
     return precision
+
 
 def end_world():
     "The last thing that a program of several processes does: without it the interpreter's end may tear threads of the process group apart (SIGABRT)."
-    gc.collect()                                                # what holds a process group in a cycle of references goes before the group does
-    if world().num_processes > 1: world().wait_for_everyone(); world().destroy_process_group()
+    gc.collect()  # what holds a process group in a cycle of references goes before the group does
+    if world().num_processes > 1:
+        world().wait_for_everyone()
+        world().destroy_process_group()
+
 
 def _fsdp(model):
     from torch.distributed.fsdp import FSDPModule
+
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
-def _zero3(model): return any(hasattr(p, "ds_id") for p in model.parameters())     # DeepSpeed
-def _by_deepspeed(): return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
-def is_sharded(model): "Whether the weights lie in pieces on several processes."; return bool(_fsdp(model)) or _zero3(model)
+def _zero3(model):
+    return any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed
+
+
+def _by_deepspeed():
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def is_sharded(model):
+    "Whether the weights lie in pieces on several processes."
+    return bool(_fsdp(model)) or _zero3(model)
+
 
 def gather_to_generate(model):
     "Has FSDP2 gather weights for `generate` as it does for `forward`; other models stay as they are."
     if _fsdp(model):
         from torch.distributed.fsdp import register_fsdp_forward_method
+
         register_fsdp_forward_method(model, "generate")
+
 
 def keep_float32(accelerator):
     "With 16-bit arithmetic accelerate's FSDP2 rounds what a model puts out, and adds gradients up in 16 bits. Here outputs stay as they are, and gradients meet in float32, as with DDP."
-    if not getattr(accelerator, "is_fsdp2", False): return
+    if not getattr(accelerator, "is_fsdp2", False):
+        return
     plugin = accelerator.state.fsdp_plugin
-    if plugin.mixed_precision_policy: plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+    if plugin.mixed_precision_policy:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
 
 class Float32Outputs:
     "`keep_float32` for transformers' trainers: it comes before anything is sharded."
+
     def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess(); keep_float32(self.accelerator)
+        super().create_accelerator_and_postprocess()
+        keep_float32(self.accelerator)
+
 
 @contextmanager
 def accumulating(steps):
     "Tells DeepSpeed over how many passes gradients are added up, which the files in configs/ cannot know."
     name, before = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    if _by_deepspeed(): os.environ[name] = str(steps)
-    try: yield
+    if _by_deepspeed():
+        os.environ[name] = str(steps)
+    try:
+        yield
     finally:
-        if before is None: os.environ.pop(name, None)
-        else: os.environ[name] = before
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
 
 def one_gpu(args):
     "The arguments of a trainer, which would otherwise take every GPU that it sees: each process has one."
-    if args.n_gpu > 1: args._n_gpu = 1
+    if args.n_gpu > 1:
+        args._n_gpu = 1
     return args
+
 
 def release(model):
     "After a training: what DeepSpeed hooked into the model, and cycles of references, would keep it in memory."
-    if hasattr(model, "destroy"): model.destroy()
+    if hasattr(model, "destroy"):
+        model.destroy()
     gc.collect()
+
 
 @contextmanager
 def inference(model):
     "For every pass without gradients: switches them off, and leaves weights of FSDP2 sharded."
     try:
-        with torch.no_grad(): yield
+        with torch.no_grad():
+            yield
     finally:
-        for m in _fsdp(model): m.reshard()
+        for m in _fsdp(model):
+            m.reshard()
+
 
 def full_state(model) -> dict:
     "The whole state dict on the CPU; of a sharded model on the first process, empty on the others. All processes call it."
     if _zero3(model) or _by_deepspeed():
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
-        with GatheredParameters(list(model.parameters()), enabled=_zero3(model)): state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-        exact = {k: safe_get_full_fp32_param(p) for k, p in model.named_parameters() if p.requires_grad}     # with bf16 the model itself is a rounded copy
+
+        with GatheredParameters(list(model.parameters()), enabled=_zero3(model)):
+            state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        exact = {
+            k: safe_get_full_fp32_param(p) for k, p in model.named_parameters() if p.requires_grad
+        }  # with bf16 the model itself is a rounded copy
         return state | {k: v.cpu() for k, v in exact.items() if v is not None}
-    if not _fsdp(model): return model.state_dict()
+    if not _fsdp(model):
+        return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 # %% ../nbs/01_sft.ipynb #f8182a5c
@@ -212,45 +337,56 @@ def _merged_state(model, state):
     base, merged, prefix = model.get_base_model(), {}, "base_model.model."
     state = {k.removeprefix(prefix): v for k, v in state.items()}
     for name, module in base.named_modules():
-        if not hasattr(module, "lora_A"): continue
+        if not hasattr(module, "lora_A"):
+            continue
         weight = state[f"{name}.base_layer.weight"]
         for a in module.active_adapters:
-            delta = module.scaling[a] * (state[f"{name}.lora_B.{a}.weight"].float() @ state[f"{name}.lora_A.{a}.weight"].float())
+            delta = module.scaling[a] * (
+                state[f"{name}.lora_B.{a}.weight"].float() @ state[f"{name}.lora_A.{a}.weight"].float()
+            )
             weight = weight + (delta.T if module.fan_in_fan_out else delta).to(weight.dtype)
         merged[f"{name}.weight"] = weight
     for name, value in state.items():
-        if "lora_" not in name: merged.setdefault(name.replace(".base_layer", ""), value)
+        if "lora_" not in name:
+            merged.setdefault(name.replace(".base_layer", ""), value)
     return base, {k: v.detach().clone() for k, v in merged.items()}
 
 # %% ../nbs/01_sft.ipynb #710d0b63
 def _diverged(name, what):
-    return FloatingPointError(f"{name} holds NaN or infinite values, {what} is not written: the training diverged; lower the learning rate")
+    return FloatingPointError(
+        f"{name} holds NaN or infinite values, {what} is not written: the training diverged; lower the learning rate"
+    )
+
 
 def refuse_diverged(
     model,
-    what,   # what would be written
+    what,  # what would be written
 ):
     "A `FloatingPointError`, in all processes, when a weight is no finite number in one of them."
     bad = [name for name in gather_object([_not_finite(model)]) if name]
-    if bad: raise _diverged(bad[0], what)
+    if bad:
+        raise _diverged(bad[0], what)
+
 
 def save_model(
-    model,       # the model, or a peft model, which is merged
+    model,  # the model, or a peft model, which is merged
     tokenizer,
-    out,         # folder; one that is there already is replaced
+    out,  # folder; one that is there already is replaced
     state=None,  # state dict to write instead of the model's own
 ) -> Path:
     "Writes a checkpoint folder, whole or not at all. All processes call it, the first writes."
     out, state = Path(out), full_state(model) if state is None else state
     if world().is_main_process:
         bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-        if bad: raise _diverged(bad[0], out)
+        if bad:
+            raise _diverged(bad[0], out)
         base, state = _merged_state(model, state) if hasattr(model, "peft_config") else (model, state)
-        tied = getattr(base, "all_tied_weights_keys", None) or {}                  # one tensor of two names
+        tied = getattr(base, "all_tied_weights_keys", None) or {}  # one tensor of two names
         state = {k: v for k, v in state.items() if k not in tied}
         with atomic(out) as part, _quiet():
             part.mkdir(parents=True)
-            base.save_pretrained(part, state_dict=state); tokenizer.save_pretrained(part)
+            base.save_pretrained(part, state_dict=state)
+            tokenizer.save_pretrained(part)
     world().wait_for_everyone()
     return out
 
@@ -258,84 +394,120 @@ def save_model(
 @dataclass
 class Turn:
     "One attempt within an episode."
-    start: int          # ids[start:end] is what the model wrote, the end token included
+
+    start: int  # ids[start:end] is what the model wrote, the end token included
     end: int
-    text: str           # the same, decoded
-    feedback: object    # the verifier's: reward, message, solved, error
-    ended: bool         # False when the attempt was cut off at the token limit
-    logp: list = None   # log-probabilities of ids[start:end], if the sampler told them
+    text: str  # the same, decoded
+    feedback: object  # the verifier's: reward, message, solved, error
+    ended: bool  # False when the attempt was cut off at the token limit
+    logp: list = None  # log-probabilities of ids[start:end], if the sampler told them
+
 
 @dataclass
 class Episode:
     "A problem, the token ids of the whole conversation, and the attempts in it."
+
     problem: object
     ids: list
     turns: list = field(default_factory=list)
 
     @property
-    def solved(self): return bool(self.turns) and self.turns[-1].feedback.solved
+    def solved(self):
+        return bool(self.turns) and self.turns[-1].feedback.solved
+
     @property
-    def reward(self): return sum(t.feedback.reward for t in self.turns)
+    def reward(self):
+        return sum(t.feedback.reward for t in self.turns)
 
 # %% ../nbs/01_sft.ipynb #6a59ffde
 _PLACEHOLDER = "placeholder"
 
+
 def _chat_ids(tokenizer, messages, after=None):
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if after is not None: text = text[text.rfind(after, 0, text.rfind(messages[-1]["content"])) + len(after):]
+    if after is not None:
+        text = text[text.rfind(after, 0, text.rfind(messages[-1]["content"])) + len(after) :]
     return tokenizer(text, add_special_tokens=False).input_ids
+
 
 def prompt_ids(tokenizer, task, problem):
     "The ids of the first user turn and the header of the answer."
     return _chat_ids(tokenizer, [{"role": "user", "content": task.prompt(problem)}])
 
+
 def retry_ids(tokenizer, task, feedback, ended):
     "The ids between a failed attempt and the next: the rest of the turn (its end token, unless the model wrote it), the feedback, the header."
-    ids = _chat_ids(tokenizer, [{"role": "user", "content": _PLACEHOLDER + " 0"}, {"role": "assistant", "content": _PLACEHOLDER},
-                                {"role": "user", "content": task.retry(feedback)}], after=_PLACEHOLDER)
+    ids = _chat_ids(
+        tokenizer,
+        [
+            {"role": "user", "content": _PLACEHOLDER + " 0"},
+            {"role": "assistant", "content": _PLACEHOLDER},
+            {"role": "user", "content": task.retry(feedback)},
+        ],
+        after=_PLACEHOLDER,
+    )
     return ids[1:] if ended and ids and ids[0] == tokenizer.eos_token_id else ids
 
 # %% ../nbs/01_sft.ipynb #6e0cfd1c
 def _end_tokens(model, tokenizer):
     found = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(found if isinstance(found, list) else [found] if found is not None else [])})
+    return sorted(
+        {tokenizer.eos_token_id, *(found if isinstance(found, list) else [found] if found is not None else [])}
+    )
+
 
 class _Draw(LogitsProcessor):
     "Draws each next token by its row's own random numbers: the first token at which the distribution function exceeds the number."
-    def __init__(self, uniforms, temperature, width): self.uniforms, self.temperature, self.width = uniforms, temperature, width
+
+    def __init__(self, uniforms, temperature, width):
+        self.uniforms, self.temperature, self.width = uniforms, temperature, width
+
     def __call__(self, input_ids, scores):
         cdf = (scores.float() / self.temperature).softmax(-1).double().cumsum(-1)
         u = self.uniforms[:, input_ids.shape[1] - self.width, None]
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
 
+
 def generate(
-    model, tokenizer,
-    prompts,            # a list of lists of token ids
+    model,
+    tokenizer,
+    prompts,  # a list of lists of token ids
     max_new_tokens=64,
-    temperature=0.0,    # 0 is greedy; nothing else (top-k, top-p, penalties) shapes the distribution
-    seeds=None,         # with a temperature: a seed (a tuple of whole numbers) for each prompt; None: 0, 1, 2, …
-) -> list:              # per prompt (new ids with the end token, whether it ended)
+    temperature=0.0,  # 0 is greedy; nothing else (top-k, top-p, penalties) shapes the distribution
+    seeds=None,  # with a temperature: a seed (a tuple of whole numbers) for each prompt; None: 0, 1, 2, …
+) -> list:  # per prompt (new ids with the end token, whether it ended)
     "Completions of one batch of prompts, by `transformers.generate`."
     ends, width = _end_tokens(model, tokenizer), max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
-    for i, p in enumerate(prompts): ids[i, width - len(p):] = torch.tensor(p); mask[i, width - len(p):] = 1
+    for i, p in enumerate(prompts):
+        ids[i, width - len(p) :] = torch.tensor(p)
+        mask[i, width - len(p) :] = 1
     draw = LogitsProcessorList()
     if temperature > 0:
-        uniforms = np.stack([np.random.default_rng(s).random(max_new_tokens) for s in (seeds or [(i,) for i in range(len(prompts))])])
+        uniforms = np.stack(
+            [np.random.default_rng(s).random(max_new_tokens) for s in (seeds or [(i,) for i in range(len(prompts))])]
+        )
         draw.append(_Draw(torch.from_numpy(uniforms).to(model.device), temperature, width))
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
     was_training = model.training
     model.eval()
     with _own_settings(model), inference(model):
-        rows = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings, logits_processor=draw,
-                              synced_gpus=is_sharded(model) and world().num_processes > 1)
+        rows = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            logits_processor=draw,
+            synced_gpus=is_sharded(model) and world().num_processes > 1,
+        )
     model.train(was_training)
     found = []
     for row in rows[:, width:].tolist():
         stop = next((i for i, t in enumerate(row) if t in ends), None)
-        found.append((row if stop is None else row[:stop + 1], stop is not None))
+        found.append((row if stop is None else row[: stop + 1], stop is not None))
     return found
 
 # %% ../nbs/01_sft.ipynb #e61f2d67
@@ -343,91 +515,143 @@ def generate(
 def _own_settings(model):
     "Hides the checkpoint's own generation settings."
     kept, model.generation_config = model.generation_config, GenerationConfig()
-    try: yield
-    finally: model.generation_config = kept
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 # %% ../nbs/01_sft.ipynb #c4cd50f1
 def play(
-    model, tokenizer,
-    task,               # gives prompts and verdicts
-    problems,           # the problems to play, one episode each
-    attempts=1,         # attempts per episode, at most
-    temperature=0.0,    # of sampling; 0 is greedy
-    max_new_tokens=None,# per attempt; None asks the task
-    batch_size=None,    # conversations at once; None: 256, and 1024 for a model of less than a billion parameters on a GPU
-    progress=None,      # a word for the progress bar; None shows none
-    seed=(0,),          # of sampling: whole numbers; each attempt at each problem adds its own
-    share=False,        # several processes: each plays its share, and all get all episodes; all of them must call
-    sampler=generate,   # what completes a batch of prompts; see `generate`
-) -> list:              # of `Episode`, in the order of `problems`
+    model,
+    tokenizer,
+    task,  # gives prompts and verdicts
+    problems,  # the problems to play, one episode each
+    attempts=1,  # attempts per episode, at most
+    temperature=0.0,  # of sampling; 0 is greedy
+    max_new_tokens=None,  # per attempt; None asks the task
+    batch_size=None,  # conversations at once; None: 256, and 1024 for a model of less than a billion parameters on a GPU
+    progress=None,  # a word for the progress bar; None shows none
+    seed=(0,),  # of sampling: whole numbers; each attempt at each problem adds its own
+    share=False,  # several processes: each plays its share, and all get all episodes; all of them must call
+    sampler=generate,  # what completes a batch of prompts; see `generate`
+) -> list:  # of `Episode`, in the order of `problems`
     "Plays episodes: answer, verdict, next attempt, until solved or out of attempts."
     limit, state = max_new_tokens or getattr(task, "max_new_tokens", 512), world()
-    batch_size = batch_size or (1024 if model.device.type != "cpu" and sum(p.numel() for p in model.parameters()) < 1e9 else 256)
+    batch_size = batch_size or (
+        1024 if model.device.type != "cpu" and sum(p.numel() for p in model.parameters()) < 1e9 else 256
+    )
     rank, ranks = (state.process_index, state.num_processes) if share else (0, 1)
-    lockstep = ranks > 1 and is_sharded(model)                 # then each forward pass is everybody's
+    lockstep = ranks > 1 and is_sharded(model)  # then each forward pass is everybody's
     most = lambda n: max(gather_object([n])) if lockstep else n
     episodes = {i: Episode(p, prompt_ids(tokenizer, task, p)) for i, p in enumerate(problems) if i % ranks == rank}
     active = dict(episodes)
     for attempt in range(attempts):
         order = sorted(active, key=lambda i: len(active[i].ids))
-        batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         batches += [[]] * (most(len(batches)) - len(batches))
-        for batch in tqdm(batches, desc=f"{progress} {attempt + 1}", leave=False, unit="batch") if progress and rank == 0 else batches:
-            prompts = [active[i].ids for i in batch] or [prompt_ids(tokenizer, task, problems[0])]    # an idle process keeps step
-            answers = sampler(model, tokenizer, prompts, limit, temperature, [(*seed, i, attempt) for i in batch or [0]])
+        for batch in (
+            tqdm(batches, desc=f"{progress} {attempt + 1}", leave=False, unit="batch")
+            if progress and rank == 0
+            else batches
+        ):
+            prompts = [active[i].ids for i in batch] or [
+                prompt_ids(tokenizer, task, problems[0])
+            ]  # an idle process keeps step
+            answers = sampler(
+                model, tokenizer, prompts, limit, temperature, [(*seed, i, attempt) for i in batch or [0]]
+            )
             for i, (new, ended, *logp) in zip(batch, answers):
                 e, text = active[i], tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
-                e.turns.append(Turn(len(e.ids), len(e.ids) + len(new), text, task.verify(e.problem, text), ended, *logp))
+                e.turns.append(
+                    Turn(len(e.ids), len(e.ids) + len(new), text, task.verify(e.problem, text), ended, *logp)
+                )
                 e.ids = e.ids + new
         active = {i: e for i, e in active.items() if not e.solved}
-        if not most(len(active)) or attempt + 1 == attempts: break
-        for e in active.values(): e.ids = e.ids + retry_ids(tokenizer, task, e.turns[-1].feedback, e.turns[-1].ended)
-    if ranks > 1: episodes = dict(gather_object(list(episodes.items())))
+        if not most(len(active)) or attempt + 1 == attempts:
+            break
+        for e in active.values():
+            e.ids = e.ids + retry_ids(tokenizer, task, e.turns[-1].feedback, e.turns[-1].ended)
+    if ranks > 1:
+        episodes = dict(gather_object(list(episodes.items())))
     return [episodes[i] for i in range(len(problems))]
 
 # %% ../nbs/01_sft.ipynb #49613cf2
 def evaluate(
-    model,               # a checkpoint folder, or a loaded (model, tokenizer)
+    model,  # a checkpoint folder, or a loaded (model, tokenizer)
     task,
-    split="test",        # the split of the task's hands
-    n=800,               # problems
-    seed=0,              # of the problems; the same seed asks every checkpoint the same questions
-    attempts=5,          # attempts per problem
-    name=None,           # what to call the checkpoint in the table
-    batch_size=None,     # see `play`
-    problems=None,       # these problems instead of (split, n, seed)
+    split="test",  # the split of the task's hands
+    n=800,  # problems
+    seed=0,  # of the problems; the same seed asks every checkpoint the same questions
+    attempts=5,  # attempts per problem
+    name=None,  # what to call the checkpoint in the table
+    batch_size=None,  # see `play`
+    problems=None,  # these problems instead of (split, n, seed)
     progress=None,
-    share=False,         # see `play`
+    share=False,  # see `play`
 ) -> pd.DataFrame:
     "Greedy success on problems of a split, one row per problem."
     loaded = model if isinstance(model, tuple) else load_model(model)
     problems = task.problems(split, n, seed) if problems is None else problems
-    rows = [dict(checkpoint=name or ("" if isinstance(model, tuple) else str(model)), rule=getattr(task, "rule", type(task).__name__), split=split, seed=seed,
-                 problem=i, hand=getattr(e.problem, "key", str(i)), attempts=len(e.turns), solved=e.solved, solved_first=e.turns[0].feedback.solved,
-                 reward=float(e.reward), error=e.turns[0].feedback.error)
-            for i, e in enumerate(play(*loaded, task, problems, attempts, batch_size=batch_size, progress=progress, share=share))]
+    rows = [
+        dict(
+            checkpoint=name or ("" if isinstance(model, tuple) else str(model)),
+            rule=getattr(task, "rule", type(task).__name__),
+            split=split,
+            seed=seed,
+            problem=i,
+            hand=getattr(e.problem, "key", str(i)),
+            attempts=len(e.turns),
+            solved=e.solved,
+            solved_first=e.turns[0].feedback.solved,
+            reward=float(e.reward),
+            error=e.turns[0].feedback.error,
+        )
+        for i, e in enumerate(
+            play(*loaded, task, problems, attempts, batch_size=batch_size, progress=progress, share=share)
+        )
+    ]
     return pd.DataFrame(rows)
 
+
 def success_rate(
-    table,               # rows of `evaluate`
+    table,  # rows of `evaluate`
     column="solved_first",
-    z=1.96,              # normal quantile of the interval: 1.96 for 95 %
-) -> dict:               # rate, low, high, n, hands
+    z=1.96,  # normal quantile of the interval: 1.96 for 95 %
+) -> dict:  # rate, low, high, n, hands
     "A rate with its interval, hands being the independent units."
     x = table.groupby("hand")[column].agg(["sum", "count"]).astype(float)
     n, hands, p = x["count"].sum(), len(x), x["sum"].sum() / x["count"].sum()
-    between = ((x["sum"] - p * x["count"]) ** 2).sum() * hands / max(hands - 1, 1) / n**2     # variance of the rate
+    between = ((x["sum"] - p * x["count"]) ** 2).sum() * hands / max(hands - 1, 1) / n**2  # variance of the rate
     inflation = max(1.0, between / (p * (1 - p) / n)) if 0 < p < 1 else n / hands
     m = n / inflation
-    centre, half = (p + z * z / (2 * m)) / (1 + z * z / m), z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
-    return dict(rate=float(p), low=float(max(0, centre - half)), high=float(min(1, centre + half)), n=int(n), hands=hands)
+    centre, half = (
+        (p + z * z / (2 * m)) / (1 + z * z / m),
+        z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m)),
+    )
+    return dict(
+        rate=float(p), low=float(max(0, centre - half)), high=float(min(1, centre + half)), n=int(n), hands=hands
+    )
+
 
 def summary(table):
     "Success at the first attempt and within all, with intervals, and the share of format and wrong-rule errors; one row per checkpoint, rule and split."
+
     def one(t):
         first, within = success_rate(t), success_rate(t, "solved")
-        return pd.Series(dict(success=first["rate"], low=first["low"], high=first["high"], within=within["rate"], within_low=within["low"],
-                              within_high=within["high"], format_error=(t.error == "format").mean(), wrong_rule=(t.error == "wrong_rule").mean(), n=first["n"]))
+        return pd.Series(
+            dict(
+                success=first["rate"],
+                low=first["low"],
+                high=first["high"],
+                within=within["rate"],
+                within_low=within["low"],
+                within_high=within["high"],
+                format_error=(t.error == "format").mean(),
+                wrong_rule=(t.error == "wrong_rule").mean(),
+                n=first["n"],
+            )
+        )
+
     return table.groupby(["checkpoint", "rule", "split"], sort=False).apply(one, include_groups=False).reset_index()
 
 # %% ../nbs/01_sft.ipynb #2f43eafd
@@ -435,19 +659,31 @@ def sft_dataset(task, examples, seed=0, hands=None):
     "Prompt and answer of `examples` problems of the split `train` in TRL's conversational form, from at most `hands` different hands."
     rows, extra = [], 0
     while len(rows) < examples:
-        for i, p in enumerate(task.problems("train", examples, f"{seed}:{extra}" if extra else seed, **(dict(distinct=hands) if hands else {}))):
-            try: answer = task.answer(p, f"{seed}:{extra}:{i}")
-            except ValueError: continue    # a hand that the task's answer format cannot express
-            if len(rows) < examples: rows.append((p, answer))
+        for i, p in enumerate(
+            task.problems(
+                "train", examples, f"{seed}:{extra}" if extra else seed, **(dict(distinct=hands) if hands else {})
+            )
+        ):
+            try:
+                answer = task.answer(p, f"{seed}:{extra}:{i}")
+            except ValueError:
+                continue  # a hand that the task's answer format cannot express
+            if len(rows) < examples:
+                rows.append((p, answer))
         extra += 1
-        if extra > 20: raise ValueError(f"{task} has no answers to learn from")
+        if extra > 20:
+            raise ValueError(f"{task} has no answers to learn from")
     said = lambda role, text: [dict(role=role, content=text)]
-    return [p for p, _ in rows], Dataset.from_list([dict(prompt=said("user", task.prompt(p)), completion=said("assistant", a)) for p, a in rows])
+    return [p for p, _ in rows], Dataset.from_list(
+        [dict(prompt=said("user", task.prompt(p)), completion=said("assistant", a)) for p, a in rows]
+    )
 
 # %% ../nbs/01_sft.ipynb #43881f1e
 def write_table(rows, path):
     "Writes rows as Parquet, whole or not at all."
-    with atomic(path) as part: pd.DataFrame(rows).to_parquet(part)
+    with atomic(path) as part:
+        pd.DataFrame(rows).to_parquet(part)
+
 
 def task_name(task):
     "What a run's settings call a task: its `repr`, if its class says what that is, else the class's name."
@@ -455,30 +691,38 @@ def task_name(task):
 
 # %% ../nbs/01_sft.ipynb #70d099b1
 def finished(
-    out,                 # folder of a training
-    settings,            # {name: value}, as asked for now
-    kept=None,           # the settings of the unfinished run in it, if there is one
-    made="checkpoint",   # what only a training puts there (a pattern)
+    out,  # folder of a training
+    settings,  # {name: value}, as asked for now
+    kept=None,  # the settings of the unfinished run in it, if there is one
+    made="checkpoint",  # what only a training puts there (a pattern)
 ) -> bool:
     "Whether `out` holds this very training, complete; a `ValueError` when it holds another, complete or not."
     file, asked = Path(out) / "settings.json", json.loads(json.dumps(settings))
     done = json.loads(file.read_text()) if file.exists() else None
     for what, known in (("a finished", done), ("an unfinished", json.loads(json.dumps(kept)))):
         other = [k for k in sorted({*asked, *(known or asked)}) if known and known.get(k) != asked.get(k)]
-        if other: raise ValueError(f"{out} holds {what} run with other settings ({', '.join(other)}): choose another folder, or delete it")
+        if other:
+            raise ValueError(
+                f"{out} holds {what} run with other settings ({', '.join(other)}): choose another folder, or delete it"
+            )
     left = [] if done or kept else sorted(Path(out).glob(made))
-    if left: raise ValueError(f"{out} holds {left[0].name} of a run that has left no settings: choose another folder, or delete it")
+    if left:
+        raise ValueError(
+            f"{out} holds {left[0].name} of a run that has left no settings: choose another folder, or delete it"
+        )
     return done is not None
 
+
 def complete(
-    out,        # folder of a training
-    settings,   # its settings, written last of all
+    out,  # folder of a training
+    settings,  # its settings, written last of all
     *only_now,  # patterns of what only an unfinished run needs
 ) -> pd.DataFrame:
     "Marks a run as complete and gives its curve. All processes call it: what the last of them may still read is removed only when it has come."
     world().wait_for_everyone()
     if world().is_main_process:
-        if not (Path(out) / "settings.json").exists(): write_json(settings, Path(out) / "settings.json")
+        if not (Path(out) / "settings.json").exists():
+            write_json(settings, Path(out) / "settings.json")
         for left in [x for pattern in only_now for x in Path(out).glob(pattern)]:
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
     world().wait_for_everyone()
@@ -487,52 +731,82 @@ def complete(
 # %% ../nbs/01_sft.ipynb #6095c3ba
 @contextmanager
 def claimed(
-    folder,       # need not exist
-    wait=False,   # until it is free
-):                # yields whether it is this run's alone: it stays so inside the `with`
+    folder,  # need not exist
+    wait=False,  # until it is free
+):  # yields whether it is this run's alone: it stays so inside the `with`
     "Claims a folder for this process, or for all processes of one `accelerate launch`, which call it together."
     folder, ours = Path(folder).resolve(), [False]
-    beside = os.access(folder.parent, os.W_OK) or not folder.exists()                # not so beside a mounted volume
+    beside = os.access(folder.parent, os.W_OK) or not folder.exists()  # not so beside a mounted volume
     lock = FileLock(folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock")
     made, waiting = [p for p in folder.parents if not p.exists()], False
+
     def attempt():
         "True, False, or the error that came of it."
-        try: folder.parent.mkdir(parents=True, exist_ok=True); lock.acquire(timeout=0)
-        except Timeout: return False
-        except OSError as e: return e
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except OSError as e:
+            return e
         return True
+
     while True:
-        if world().is_main_process: ours = [attempt()]
-        if world().num_processes > 1: broadcast_object_list(ours)                   # an error too: nobody waits for one who has given up
-        if isinstance(ours[0], OSError): raise ours[0]
-        if ours[0] or not wait: break
-        if not waiting and world().is_main_process: print(f"waiting for {folder}: another run is at it (it holds {lock.lock_file})", file=sys.stderr, flush=True)
-        waiting = True; time.sleep(1)
-    try: yield ours[0]
+        if world().is_main_process:
+            ours = [attempt()]
+        if world().num_processes > 1:
+            broadcast_object_list(ours)  # an error too: nobody waits for one who has given up
+        if isinstance(ours[0], OSError):
+            raise ours[0]
+        if ours[0] or not wait:
+            break
+        if not waiting and world().is_main_process:
+            print(
+                f"waiting for {folder}: another run is at it (it holds {lock.lock_file})", file=sys.stderr, flush=True
+            )
+        waiting = True
+        time.sleep(1)
+    try:
+        yield ours[0]
     finally:
         if lock.is_locked:
             try:
-                with suppress(OSError): Path(lock.lock_file).unlink()
-            finally: lock.release()
+                with suppress(OSError):
+                    Path(lock.lock_file).unlink()
+            finally:
+                lock.release()
             for p in made:
-                with suppress(OSError): p.rmdir()      # a claim leaves nothing: what is not empty stays
+                with suppress(OSError):
+                    p.rmdir()  # a claim leaves nothing: what is not empty stays
+
 
 def one_at_a_time(train):
     "Makes a training `train(model, out, …)` refuse a folder `out` that another run is writing to."
+
     @functools.wraps(train)
     def claiming(model, out, *args, **kwargs):
         with claimed(out) as ours:
-            if not ours: raise ValueError(f"{out} is being written by another run, which holds the hidden .lock file beside it: wait until it has ended, or choose another folder")
+            if not ours:
+                raise ValueError(
+                    f"{out} is being written by another run, which holds the hidden .lock file beside it: wait until it has ended, or choose another folder"
+                )
             return train(model, out, *args, **kwargs)
+
     return claiming
 
 # %% ../nbs/01_sft.ipynb #2325d607
 def curve_row(table, **where):
     "A row of a curve, from the rows of `evaluate`: success with its interval, the share of answers of a wrong form, and that of the other rule's."
-    return dict(**where, **success_rate(table), format_error=float((table.error == "format").mean()), wrong_rule=float((table.error == "wrong_rule").mean()))
+    return dict(
+        **where,
+        **success_rate(table),
+        format_error=float((table.error == "format").mean()),
+        wrong_rule=float((table.error == "wrong_rule").mean()),
+    )
+
 
 def curve_steps(
-    steps,      # the last step
+    steps,  # the last step
     points=10,  # how many points after step 0
 ):
     "Steps at which to look: closer together at the start, where the peak of the untrained rule is."
@@ -541,125 +815,244 @@ def curve_steps(
 # %% ../nbs/01_sft.ipynb #0f5f60ad
 class _Curve(TrainerCallback):
     "Saves and measures at chosen steps, keeps the log, and stops on a loss or a weight that is no number."
+
     def __init__(self, out, tokenizer, at, measure, save_every, settings, known):
-        self.out, self.tokenizer, self.at, self.measure, self.save_every, self.settings = out, tokenizer, set(at), measure, save_every, settings
+        self.out, self.tokenizer, self.at, self.measure, self.save_every, self.settings = (
+            out,
+            tokenizer,
+            set(at),
+            measure,
+            save_every,
+            settings,
+        )
         self.rows, self.log = known["rows"], known["log"]
+
     def record(self, model, step):
         save_model(model, self.tokenizer, self.out / f"step-{step:05d}")
         loss = self.log[-1]["loss"] if self.log else math.nan
         self.rows += [dict(step=step, loss=loss, **row) for row in self.measure(model, step)]
-        if world().is_main_process: write_table(self.rows, self.out / "curve.parquet")
+        if world().is_main_process:
+            write_table(self.rows, self.out / "curve.parquet")
+
     def keep(self, checkpoint):
-        if world().is_main_process: write_json(dict(settings=self.settings, checkpoint=checkpoint, rows=self.rows, log=self.log), self.out / "resume.json")
+        if world().is_main_process:
+            write_json(
+                dict(settings=self.settings, checkpoint=checkpoint, rows=self.rows, log=self.log),
+                self.out / "resume.json",
+            )
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         gather_to_generate(model)
-        if not self.rows: self.keep(None); self.record(model, 0)
+        if not self.rows:
+            self.keep(None)
+            self.record(model, 0)
+
     def on_step_end(self, args, state, control, **kwargs):
         here = state.global_step in self.at
-        control.should_save = state.global_step < state.max_steps and (here or self.save_every > 0 and state.global_step % self.save_every == 0)
+        control.should_save = state.global_step < state.max_steps and (
+            here or self.save_every > 0 and state.global_step % self.save_every == 0
+        )
         control.should_log |= here or control.should_save
+
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if not logs or "loss" not in logs: return
+        if not logs or "loss" not in logs:
+            return
         step, loss = state.global_step, logs["loss"]
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate; the last good checkpoint is in {self.out}")
-        self.log.append(dict(step=step, loss=loss, grad_norm=logs.get("grad_norm"), lr=logs.get("learning_rate"), tokens=logs["num_input_tokens_seen"]))
-        if world().is_main_process: write_table(self.log, self.out / "log.parquet")
-        if step in self.at: self.record(model, step)
-        elif control.should_save: refuse_diverged(model, f"the state of step {step}")
-    def on_save(self, args, state, control, **kwargs): self.keep(f"checkpoint-{state.global_step}")
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step}: lower the learning rate; the last good checkpoint is in {self.out}"
+            )
+        self.log.append(
+            dict(
+                step=step,
+                loss=loss,
+                grad_norm=logs.get("grad_norm"),
+                lr=logs.get("learning_rate"),
+                tokens=logs["num_input_tokens_seen"],
+            )
+        )
+        if world().is_main_process:
+            write_table(self.log, self.out / "log.parquet")
+        if step in self.at:
+            self.record(model, step)
+        elif control.should_save:
+            refuse_diverged(model, f"the state of step {step}")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.keep(f"checkpoint-{state.global_step}")
 
 # %% ../nbs/01_sft.ipynb #647927d1
 def lora_config(rank):
     "LoRA on every linear layer but the head, at the usual scale."
     from peft import LoraConfig
+
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
 
 @contextmanager
 def _no_outlook():
     "Without FutureWarnings: gradient_checkpointing changes its name in transformers 6, and peft and TRL still use the old one."
-    with warnings.catch_warnings(): warnings.simplefilter("ignore", FutureWarning); yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
 
 def check_numbers(
-    what,             # whose settings they are
-    values,           # {name: value}
-    above_zero=(),    # names of numbers that must be larger than 0
-    counts=(),        # of whole numbers, 1 or more
-    from_zero=(),     # of numbers that may be 0
+    what,  # whose settings they are
+    values,  # {name: value}
+    above_zero=(),  # names of numbers that must be larger than 0
+    counts=(),  # of whole numbers, 1 or more
+    from_zero=(),  # of numbers that may be 0
     counts_from_zero=(),
 ):
     "A `ValueError` names a setting that is no number, not finite, or too small."
-    for names, whole, least in ((above_zero, False, None), (counts, True, 1), (from_zero, False, 0), (counts_from_zero, True, 0)):
+    for names, whole, least in (
+        (above_zero, False, None),
+        (counts, True, 1),
+        (from_zero, False, 0),
+        (counts_from_zero, True, 0),
+    ):
         for name in names:
             x = values[name]
-            good = isinstance(x, int if whole else (int, float)) and not isinstance(x, bool) and math.isfinite(x) and (x > 0 if least is None else x >= least)
+            good = (
+                isinstance(x, int if whole else (int, float))
+                and not isinstance(x, bool)
+                and math.isfinite(x)
+                and (x > 0 if least is None else x >= least)
+            )
             expected = f"{'whole ' * whole}number" + (" above 0" if least is None else f", {least} or more")
-            if not good: raise ValueError(f"{what}.{name} is {x!r}: expected a {expected}")
+            if not good:
+                raise ValueError(f"{what}.{name} is {x!r}: expected a {expected}")
 
-def _sft_arguments(steps, micro, accumulate, lr, warmup, seed, precision, gradient_checkpointing, drop_last, trackers, folder):
+
+def _sft_arguments(
+    steps, micro, accumulate, lr, warmup, seed, precision, gradient_checkpointing, drop_last, trackers, folder
+):
     "TRL's settings."
     from trl import SFTConfig
+
     cuda = torch.cuda.is_available()
     with _no_outlook():
         return SFTConfig(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, learning_rate=lr,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=min(warmup, steps // 2), weight_decay=0.0, seed=seed, use_cpu=not cuda,
-            bf16=precision == "bf16", fp16=precision == "fp16", gradient_checkpointing=gradient_checkpointing, packing=False, max_length=None,
-            dataloader_drop_last=drop_last, dataloader_num_workers=0, ddp_find_unused_parameters=False, logging_steps=5, logging_nan_inf_filter=False,
-            save_strategy="no", save_total_limit=2, include_num_input_tokens_seen="non_padding", report_to=list(trackers) or "none", disable_tqdm=True)
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=min(warmup, steps // 2),
+            weight_decay=0.0,
+            seed=seed,
+            use_cpu=not cuda,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            gradient_checkpointing=gradient_checkpointing,
+            packing=False,
+            max_length=None,
+            dataloader_drop_last=drop_last,
+            dataloader_num_workers=0,
+            ddp_find_unused_parameters=False,
+            logging_steps=5,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            save_total_limit=2,
+            include_num_input_tokens_seen="non_padding",
+            report_to=list(trackers) or "none",
+            disable_tqdm=True,
+        )
 
 # %% ../nbs/01_sft.ipynb #224e8705
 class _AnswerLoss:
     "For TRL's trainer where there is no GPU: its loss kernel would there put every token of the prompt through the head too, and most of it twice."
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
-        answer = labels[:, max(1, int((labels != -100).any(0).int().argmax())):]          # from where the first answer of the batch begins
+        answer = labels[
+            :, max(1, int((labels != -100).any(0).int().argmax())) :
+        ]  # from where the first answer of the batch begins
         outputs = model(**inputs, use_cache=False, logits_to_keep=answer.shape[1] + 1)
-        loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), answer.flatten(), reduction="sum")
-        loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes     # the count is that of all processes, whose gradients are averaged
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1).float(), answer.flatten(), reduction="sum"
+        )
+        loss = (
+            loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+        )  # the count is that of all processes, whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
+
 
 def _trainer_class(network):
     "TRL's trainer, its loss as it comes or ours; the two differ by rounding."
     from trl import SFTTrainer
-    plain = "logits_to_keep" in inspect.signature(network.forward).parameters and not getattr(network.config, "output_router_logits", False)
+
+    plain = "logits_to_keep" in inspect.signature(network.forward).parameters and not getattr(
+        network.config, "output_router_logits", False
+    )
     ours = (_AnswerLoss,) if plain and not torch.cuda.is_available() else ()
     return type("SFTTrainer", (*ours, Float32Outputs, SFTTrainer), {})
 
 # %% ../nbs/01_sft.ipynb #db354fed
 def _check_sft(s):
     "Refuses settings that make no sense; gives the examples per forward pass and process."
-    check_numbers("train_sft", s, ["lr"], ["steps", "batch_size", "examples", "points", "n_eval"], [], ["warmup", "lora", "save_every"])
-    check_numbers("train_sft", {k: 1 if s[k] is None else s[k] for k in ("hands", "microbatch")}, counts=["hands", "microbatch"])
+    check_numbers(
+        "train_sft",
+        s,
+        ["lr"],
+        ["steps", "batch_size", "examples", "points", "n_eval"],
+        [],
+        ["warmup", "lora", "save_every"],
+    )
+    check_numbers(
+        "train_sft", {k: 1 if s[k] is None else s[k] for k in ("hands", "microbatch")}, counts=["hands", "microbatch"]
+    )
     for name, allowed in (("dtype", ("float32", "bfloat16")), ("precision", ("auto", "no", "bf16", "fp16"))):
-        if s[name] not in allowed: raise ValueError(f"train_sft.{name} is {s[name]!r}: expected one of {', '.join(allowed)}")
+        if s[name] not in allowed:
+            raise ValueError(f"train_sft.{name} is {s[name]!r}: expected one of {', '.join(allowed)}")
     beyond = [x for x in s["at"] if not (isinstance(x, int) and 0 < x <= s["steps"])]
-    if beyond: raise ValueError(f"train_sft.at holds {beyond[0]!r}: expected steps from 1 to {s['steps']}")
+    if beyond:
+        raise ValueError(f"train_sft.at holds {beyond[0]!r}: expected steps from 1 to {s['steps']}")
     ranks = world().num_processes
     own, left = divmod(s["batch_size"], ranks)
     micro = s["microbatch"] or own
-    if left or own % micro: raise ValueError(f"train_sft.batch_size is {s['batch_size']}: expected a multiple of {ranks} processes × microbatch {micro}")
+    if left or own % micro:
+        raise ValueError(
+            f"train_sft.batch_size is {s['batch_size']}: expected a multiple of {ranks} processes × microbatch {micro}"
+        )
     return micro
+
 
 def _measure_sft(tokenizer, task, seen, eval_tasks, n_eval):
     "A function of model and step that gives the rows of a point: validation hands under each rule, and hands of the training set."
     asked = {(rule, "validation"): (t, t.problems("validation", n_eval, 1)) for rule, t in eval_tasks.items()}
     asked[next(iter(eval_tasks)), "seen"] = (task, seen[:n_eval])
+
     def measure(network, step):
         for (rule, kind), (t, problems) in asked.items():
-            yield curve_row(evaluate((network, tokenizer), t, kind, problems=problems, attempts=1, share=True), rule=rule, set=kind)
+            yield curve_row(
+                evaluate((network, tokenizer), t, kind, problems=problems, attempts=1, share=True), rule=rule, set=kind
+            )
+
     return measure
+
 
 def _run_trl(network, tokenizer, data, args, curve, lora, progress, checkpoint):
     "TRL's trainer with our callbacks, from the beginning or from a state that was kept."
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
     disable_progress_bars()
     with _no_outlook():
-        trainer = _trainer_class(network)(model=network, args=one_gpu(args), train_dataset=data, processing_class=tokenizer, callbacks=[curve],
-                                          peft_config=lora_config(lora) if lora else None)
+        trainer = _trainer_class(network)(
+            model=network,
+            args=one_gpu(args),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[curve],
+            peft_config=lora_config(lora) if lora else None,
+        )
     enable_progress_bars()
-    for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
-    if progress and world().is_main_process: trainer.add_callback(_Bar("SFT"))
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    if progress and world().is_main_process:
+        trainer.add_callback(_Bar("SFT"))
     with _quiet(transformers_logging.ERROR if checkpoint else None):
         trainer.train(resume_from_checkpoint=str(Path(args.output_dir) / checkpoint) if checkpoint else None)
     release(trainer.model_wrapped)
@@ -667,34 +1060,40 @@ def _run_trl(network, tokenizer, data, args, curve, lora, progress, checkpoint):
 # %% ../nbs/01_sft.ipynb #ead53761
 @one_at_a_time
 def train_sft(
-    model,               # checkpoint folder to start from, or 'tiny'
-    out,                 # folder to write: step-00000, step-00010, …, curve.parquet, log.parquet, settings.json
-    task,                # the task to learn (ID)
-    eval_tasks=None,     # {name: task} measured on validation hands along the way; the first name is the trained rule, 'OOD' the other
-    steps=160,           # optimizer steps
-    batch_size=32,       # examples per optimizer step, over all processes
-    lr=1e-3,             # AdamW, constant after the warm-up
-    warmup=20,           # steps of linear warm-up, as in the published runs
-    examples=200,        # different training examples
-    hands=None,          # different training hands at most; None: as they are dealt
-    points=10,           # checkpoints along the way
-    n_eval=400,          # validation problems per point and rule
-    lora=0,              # LoRA rank; 0 trains all weights
+    model,  # checkpoint folder to start from, or 'tiny'
+    out,  # folder to write: step-00000, step-00010, …, curve.parquet, log.parquet, settings.json
+    task,  # the task to learn (ID)
+    eval_tasks=None,  # {name: task} measured on validation hands along the way; the first name is the trained rule, 'OOD' the other
+    steps=160,  # optimizer steps
+    batch_size=32,  # examples per optimizer step, over all processes
+    lr=1e-3,  # AdamW, constant after the warm-up
+    warmup=20,  # steps of linear warm-up, as in the published runs
+    examples=200,  # different training examples
+    hands=None,  # different training hands at most; None: as they are dealt
+    points=10,  # checkpoints along the way
+    n_eval=400,  # validation problems per point and rule
+    lora=0,  # LoRA rank; 0 trains all weights
     seed=0,
-    dtype="float32",     # of weights and updates
+    dtype="float32",  # of weights and updates
     gradient_checkpointing=False,
     progress=True,
-    microbatch=None,     # examples per forward pass and process (gradients are accumulated); None: all of a process's share at once
-    precision="auto",    # of the arithmetic: 'no', 'bf16', 'fp16'; 'auto' as in `resolve_precision`
-    trackers=(),         # where else to log: 'tensorboard', 'wandb', 'trackio', …
-    save_every=0,        # steps between states from which a killed run goes on; 0: at the points of the curve
-    at=(),               # further steps to save and measure
-) -> pd.DataFrame:       # the curve: step, loss, rule, set ('validation' or 'seen'), rate, low, high, format_error, wrong_rule
+    microbatch=None,  # examples per forward pass and process (gradients are accumulated); None: all of a process's share at once
+    precision="auto",  # of the arithmetic: 'no', 'bf16', 'fp16'; 'auto' as in `resolve_precision`
+    trackers=(),  # where else to log: 'tensorboard', 'wandb', 'trackio', …
+    save_every=0,  # steps between states from which a killed run goes on; 0: at the points of the curve
+    at=(),  # further steps to save and measure
+) -> (
+    pd.DataFrame
+):  # the curve: step, loss, rule, set ('validation' or 'seen'), rate, low, high, format_error, wrong_rule
     "Supervised fine-tuning on one rule; every checkpoint measured on all. Goes on where it was when `out` holds an unfinished run with the same settings."
-    settings = {k: v for k, v in locals().items() if k in _SFT_SETTINGS} | dict(at=sorted(set(at)), precision=resolve_precision(precision))
+    settings = {k: v for k, v in locals().items() if k in _SFT_SETTINGS} | dict(
+        at=sorted(set(at)), precision=resolve_precision(precision)
+    )
     micro = _check_sft(settings)
     out, eval_tasks = Path(out), eval_tasks or {"ID": task}
-    settings |= dict(model=str(model), task=task_name(task), eval_tasks={rule: task_name(t) for rule, t in eval_tasks.items()})
+    settings |= dict(
+        model=str(model), task=task_name(task), eval_tasks={rule: task_name(t) for rule, t in eval_tasks.items()}
+    )
     known = json.loads((out / "resume.json").read_text()) if (out / "resume.json").exists() else None
     if not finished(out, settings, known and known["settings"], "step-*"):
         set_seed(seed)
@@ -702,49 +1101,93 @@ def train_sft(
         seen, data = sft_dataset(task, examples, seed, hands)
         measure = _measure_sft(tokenizer, task, seen, eval_tasks, n_eval)
         out.mkdir(parents=True, exist_ok=True)
-        curve = _Curve(out, tokenizer, {*curve_steps(steps, points), *at}, measure, save_every, settings, known or dict(rows=[], log=[]))
+        curve = _Curve(
+            out,
+            tokenizer,
+            {*curve_steps(steps, points), *at},
+            measure,
+            save_every,
+            settings,
+            known or dict(rows=[], log=[]),
+        )
         accumulate = batch_size // world().num_processes // micro
-        if "tensorboard" in trackers: os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
+        if "tensorboard" in trackers:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
         with accumulating(accumulate):
-            args = _sft_arguments(steps, micro, accumulate, lr, warmup, seed, settings["precision"], gradient_checkpointing, examples >= batch_size, trackers, out / "trainer")
+            args = _sft_arguments(
+                steps,
+                micro,
+                accumulate,
+                lr,
+                warmup,
+                seed,
+                settings["precision"],
+                gradient_checkpointing,
+                examples >= batch_size,
+                trackers,
+                out / "trainer",
+            )
             _run_trl(network, tokenizer, data, args, curve, lora, progress, known and known["checkpoint"])
     return complete(out, settings, "resume.json", "trainer")
+
 
 _SFT_SETTINGS = set(inspect.signature(train_sft).parameters) - {"out", "progress", "trackers", "task", "eval_tasks"}
 
 # %% ../nbs/01_sft.ipynb #5b716262
 class _Bar(TrainerCallback):
     "A progress bar with the loss."
-    def __init__(self, name): self.name = name
-    def on_train_begin(self, args, state, control, **kwargs): self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", leave=False)
-    def on_step_end(self, args, state, control, **kwargs): self.bar.update(1)
+
+    def __init__(self, name):
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", leave=False)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs: self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-    def on_train_end(self, args, state, control, **kwargs): self.bar.close()
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 # %% ../nbs/01_sft.ipynb #5492c50b
 def pick(curve):
     "{'max_ood': step, 'end': step} of a curve."
     ood = curve[(curve["rule"] == "OOD") & (curve["set"] == "validation") & (curve["step"] > 0)]
     found = {"end": int(curve["step"].max())}
-    if len(ood): found["max_ood"] = int(ood.sort_values(["rate", "step"], ascending=[False, True])["step"].iloc[0])
+    if len(ood):
+        found["max_ood"] = int(ood.sort_values(["rate", "step"], ascending=[False, True])["step"].iloc[0])
     return found
 
 # %% ../nbs/01_sft.ipynb #22905fc5
 RULE_COLORS = {"ID": "#0072B2", "OOD": "#D55E00"}
 
+
 def plot_curve(
-    curve,     # rows of `train_sft` or `train_ppo`
+    curve,  # rows of `train_sft` or `train_ppo`
     ax=None,
     x="step",
 ):
     "Success under each rule along training, with 95 % intervals; dashed: training hands."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(6, 3.6))[1]
     for (rule, kind), t in curve.groupby(["rule", "set"], sort=False):
         colour, seen = RULE_COLORS.get(rule, "grey"), kind == "seen"
-        ax.plot(t[x], 100 * t["rate"], color=colour, linestyle="--" if seen else "-", marker="" if seen else "o" if rule == "ID" else "s", markersize=4,
-                label=f"{rule}, {'hands of the training set' if seen else 'held-out hands'}")
-        if not seen: ax.fill_between(t[x], 100 * t["low"], 100 * t["high"], color=colour, alpha=0.15, linewidth=0)
-    ax.set(xlabel=f"{x} of training", ylabel="success at the first attempt (%)", ylim=(0, None)); ax.legend(frameon=False, fontsize=8)
+        ax.plot(
+            t[x],
+            100 * t["rate"],
+            color=colour,
+            linestyle="--" if seen else "-",
+            marker="" if seen else "o" if rule == "ID" else "s",
+            markersize=4,
+            label=f"{rule}, {'hands of the training set' if seen else 'held-out hands'}",
+        )
+        if not seen:
+            ax.fill_between(t[x], 100 * t["low"], 100 * t["high"], color=colour, alpha=0.15, linewidth=0)
+    ax.set(xlabel=f"{x} of training", ylabel="success at the first attempt (%)", ylim=(0, None))
+    ax.legend(frameon=False, fontsize=8)
     return ax

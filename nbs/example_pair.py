@@ -2,7 +2,13 @@
 
 Not part of the package: the spectral wing itself knows nothing of any game.
 """
-import os, random, shutil, subprocess, sys, tempfile
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,8 +28,10 @@ def texts(tokenizer, rule, split, n, seed=0):
     "Prompts and right answers under one rule, as chats."
     game, found = GeneralPoints(rule), []
     for i, p in enumerate(game.problems(split, 2 * n, seed)):
-        try: answer = game.answer(p, seed=i)
-        except ValueError: continue   # a hand that needs fractions
+        try:
+            answer = game.answer(p, seed=i)
+        except ValueError:
+            continue  # a hand that needs fractions
         chat = [{"role": "user", "content": game.prompt(p)}, {"role": "assistant", "content": answer}]
         found.append(tokenizer.apply_chat_template(chat, tokenize=False))
     return found[:n]
@@ -43,16 +51,28 @@ def make_pair(folder=None, steps=STEPS):
     stamp = f"{BASE.resolve()}:{(BASE / 'model.safetensors').stat().st_mtime_ns}:{steps}:answers:{torch.__version__}"
     folder = Path(folder or Path(tempfile.gettempdir()) / f"gp_spectral_example_{os.getuid()}")
     base, tuned, note = folder / "base", folder / "tuned", folder / "made_from.txt"
-    if note.exists() and note.read_text() == stamp and (tuned / "model.safetensors").exists(): return base, tuned
-    shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
-    torch.manual_seed(0); rng = random.Random(0)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), AutoTokenizer.from_pretrained(BASE)
-    model.save_pretrained(base); tokenizer.save_pretrained(base)
-    data, opt = texts(tokenizer, "faces_as_ten", "train", 200), torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    if note.exists() and note.read_text() == stamp and (tuned / "model.safetensors").exists():
+        return base, tuned
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(BASE),
+    )
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    data, opt = (
+        texts(tokenizer, "faces_as_ten", "train", 200),
+        torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0),
+    )
     for _ in range(steps):
         model(**batch(tokenizer, rng.sample(data, BATCH))).loss.backward()
-        opt.step(); opt.zero_grad()
-    model.save_pretrained(tuned); tokenizer.save_pretrained(tuned)
+        opt.step()
+        opt.zero_grad()
+    model.save_pretrained(tuned)
+    tokenizer.save_pretrained(tuned)
     note.write_text(stamp)
     return base, tuned
 
@@ -61,12 +81,14 @@ def real_weights():
     "The folder with SmolLM2-135M-Instruct as base_fp32, base, perturbed and sft (`scripts/smollm2.py`); made when it is not there, in some minutes."
     root = Path(__file__).resolve().parent.parent
     folder = Path(os.environ.get("GP_SPECTRAL_SMOLLM2") or root / "runs" / "smollm2")
-    if not (folder / "record.json").exists(): subprocess.run([sys.executable, root / "scripts" / "smollm2.py", folder], check=True)
+    if not (folder / "record.json").exists():
+        subprocess.run([sys.executable, root / "scripts" / "smollm2.py", folder], check=True)
     return folder
 
 
 @lru_cache
-def _held_out(rule, n): return texts(AutoTokenizer.from_pretrained(BASE), rule, "validation", n)
+def _held_out(rule, n):
+    return texts(AutoTokenizer.from_pretrained(BASE), rule, "validation", n)
 
 
 @torch.no_grad()

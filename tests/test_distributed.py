@@ -1,7 +1,13 @@
 "Two processes and one, launched with the files in configs/: DDP, FSDP2 and DeepSpeed over gloo, with generation before and between the updates, which is where FSDP2 goes wrong silently."
-import json, os, subprocess, sys
+
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-import pandas as pd, pytest, torch
+import pandas as pd
+import pytest
+import torch
 from made import furthest
 from safetensors.torch import load_file
 from gp_spectral.folders import TINY
@@ -113,16 +119,32 @@ sft.end_world()
 slow = pytest.mark.slow
 CONFIGS = Path(__file__).parents[1] / "configs"
 
+
 def run(tmp_path, name, what, how=None, processes=2, precision="no", dtype="float32", **config):
     "The folder that `what` wrote: in this one process, or in several as configs/`how`.yaml says."
     script, out = tmp_path / "run.py", tmp_path / name
     script.write_text(SCRIPT)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{how}.yaml", f"--num_processes={processes}", f"--mixed_precision={precision}", "--main_process_port=0"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        CONFIGS / f"{how}.yaml",
+        f"--num_processes={processes}",
+        f"--mixed_precision={precision}",
+        "--main_process_port=0",
+    ]
     start = [] if how is None else launch
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, *start, str(script), what, str(out), json.dumps(config), dtype], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(
+        [sys.executable, *start, str(script), what, str(out), json.dumps(config), dtype],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+    )
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:4000]
     return out
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
@@ -130,16 +152,24 @@ def alone(tmp_path_factory):
     made, tmp = {}, tmp_path_factory.mktemp("alone")
     return lambda what: made.setdefault(what, None) or made.update({what: run(tmp, what, what)}) or made[what]
 
-@pytest.mark.parametrize("what, how, processes", [("ppo", "ddp", 2), pytest.param("ppo", "ddp", 3, marks=slow), ("ppo", "fsdp2", 2), ("ppo lora", "fsdp2", 2)])
+
+@pytest.mark.parametrize(
+    "what, how, processes",
+    [("ppo", "ddp", 2), pytest.param("ppo", "ddp", 3, marks=slow), ("ppo", "fsdp2", 2), ("ppo lora", "fsdp2", 2)],
+)
 def test_ppo_equals_one_process(tmp_path, alone, what, how, processes):
     "Eleven episodes of unequal length in minibatches of seven, for two or three processes: nothing divides, nothing hangs, and nothing differs."
     one, many = alone(what), run(tmp_path, "many", what, how, processes)
     assert furthest(one / "checkpoint", many / "checkpoint") < 1e-6 < 1e-5 < furthest(one / "checkpoint", TINY)
     a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(many / "log.parquet")
-    assert (a[["reward", "success", "length", "attempts"]] == b[["reward", "success", "length", "attempts"]]).all().all()        # the same episodes, token for token
+    assert (
+        (a[["reward", "success", "length", "attempts"]] == b[["reward", "success", "length", "attempts"]]).all().all()
+    )  # the same episodes, token for token
     assert (a.grad_norm - b.grad_norm).abs().max() < 1e-6 * max(1, a.grad_norm.max())
-    for name in ("policy_loss", "value_loss", "kl_ref", "entropy"): assert (a[name] - b[name]).abs().max() < 1e-4, name
+    for name in ("policy_loss", "value_loss", "kl_ref", "entropy"):
+        assert (a[name] - b[name]).abs().max() < 1e-4, name
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(many / "curve.parquet"))
+
 
 def test_deepspeed_equals_one_process(tmp_path):
     "Minibatches in pieces, clipped gradients, a rate that changes with each step: DeepSpeed steps inside `backward`, and does all that by itself."
@@ -148,32 +178,53 @@ def test_deepspeed_equals_one_process(tmp_path):
     one, two = run(tmp_path, "one", "ppo", **same), run(tmp_path, "two", "ppo", "zero2", **same)
     assert furthest(one / "checkpoint", two / "checkpoint") < 1e-6 < 1e-5 < furthest(one / "checkpoint", TINY)
     a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(two / "log.parquet")
-    assert (a.grad_norm - b.grad_norm).abs().max() < 1e-5 * a.grad_norm.max() and (a.grad_norm > 0.1).all()      # the norm before clipping, which has something to do
-    for name in ("lr", "optimizer_steps", "reward", "length"): assert (a[name] == b[name]).all(), name
-    with pytest.raises(AssertionError, match="ValueError: train_ppo cannot play .* ZeRO-3"): run(tmp_path, "three", "ppo", "zero3")
+    assert (a.grad_norm - b.grad_norm).abs().max() < 1e-5 * a.grad_norm.max() and (
+        a.grad_norm > 0.1
+    ).all()  # the norm before clipping, which has something to do
+    for name in ("lr", "optimizer_steps", "reward", "length"):
+        assert (a[name] == b[name]).all(), name
+    with pytest.raises(AssertionError, match="ValueError: train_ppo cannot play .* ZeRO-3"):
+        run(tmp_path, "three", "ppo", "zero3")
+
 
 def test_a_study_in_two_processes(tmp_path):
     "They share seeds and stages as one; what one of them does alone waits for nobody; where one fails, both end."
     out = run(tmp_path, "study", "study", "ddp")
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["curve.parquet", "record.json", "record.json"]
 
+
 def test_the_trap_of_fsdp2(tmp_path):
     "After a pass without gradients FSDP2 leaves the outermost weights gathered, a copy that an optimizer step does not reach; `inference` shards them again."
     run(tmp_path, "x", "sharded", "fsdp2")
-    with pytest.raises(AssertionError, match="gathered after generating"): run(tmp_path, "x", "sharded trap", "fsdp2")
+    with pytest.raises(AssertionError, match="gathered after generating"):
+        run(tmp_path, "x", "sharded trap", "fsdp2")
+
 
 def test_fsdp2_in_16_bits_rounds_nothing_that_PPO_compares(tmp_path):
     "accelerate's own policy casts what a model puts out, log-probabilities too, to the 16 bits it calculates in."
     run(tmp_path, "x", "rounded", "fsdp2", precision="bf16")
 
-@pytest.mark.parametrize("what, how", [("sft", "ddp"), ("sft lora", "ddp"), ("sft", "fsdp2"), pytest.param("sft lora", "fsdp2", marks=slow), ("sft", "zero2"), ("sft", "zero3")])
+
+@pytest.mark.parametrize(
+    "what, how",
+    [
+        ("sft", "ddp"),
+        ("sft lora", "ddp"),
+        ("sft", "fsdp2"),
+        pytest.param("sft lora", "fsdp2", marks=slow),
+        ("sft", "zero2"),
+        ("sft", "zero3"),
+    ],
+)
 def test_sft_equals_one_process(tmp_path, alone, what, how):
-    if "zero" in how: pytest.importorskip("deepspeed")
+    if "zero" in how:
+        pytest.importorskip("deepspeed")
     one, two = alone(what), run(tmp_path, "two", what, how)
     assert furthest(one / "step-00008", two / "step-00008") < 1e-6 < 1e-5 < furthest(one / "step-00008", TINY)
     a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(two / "log.parquet")
     assert (a.grad_norm - b.grad_norm).abs().max() < 1e-6 and (a.tokens == b.tokens).all()
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(two / "curve.parquet"))
+
 
 def test_two_trainings_in_one_program(tmp_path):
     "PPO has weights of two types, for which FSDP2 needs a group of its own; DeepSpeed has batches of two sizes."
@@ -181,17 +232,22 @@ def test_two_trainings_in_one_program(tmp_path):
     pytest.importorskip("deepspeed")
     run(tmp_path, "zero2", "both", "zero2")
 
+
 @pytest.mark.parametrize("how", ["fsdp2", "zero2", "zero3"])
 def test_16_bits_do_not_reach_the_checkpoint(tmp_path, how):
     "DeepSpeed trains a rounded copy of the weights: written as they are, steps of 1e-6 would be lost."
-    if how != "fsdp2": pytest.importorskip("deepspeed")
+    if how != "fsdp2":
+        pytest.importorskip("deepspeed")
     a, b = (run(tmp_path, name, "sft", name, precision="bf16") for name in ("ddp", how))
-    def moved(out):                                             # from the run's own start: DeepSpeed has rounded that once
+
+    def moved(out):  # from the run's own start: DeepSpeed has rounded that once
         start, end = (load_file(out / f"step-{s}/model.safetensors") for s in ("00000", "00008"))
         assert {x.dtype for x in end.values()} == {torch.float32}
         return torch.cat([(end[k] - start[k]).flatten() for k in sorted(start)])
+
     x, y = moved(a), moved(b)
     assert torch.cosine_similarity(x, y, dim=0) > 0.9 and abs(y.norm() / x.norm() - 1) < 0.1
+
 
 @slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -199,17 +255,27 @@ def test_16_bits_do_not_reach_the_checkpoint(tmp_path, how):
 def test_critic_free_RL_under_FSDP2_equals_DDP(tmp_path, what, precision):
     "Not one process: each process draws its own answers."
     a, b = (run(tmp_path, how, what, how, precision=precision) for how in ("ddp", "fsdp2"))
-    if precision == "bf16": return                              # it runs, and says what it calculates in
+    if precision == "bf16":
+        return  # it runs, and says what it calculates in
     assert furthest(a / "checkpoint", b / "checkpoint") < 1e-6 < 1e-5 < furthest(a / "checkpoint", TINY)
     same = ["reward", "success", "length", "clip_fraction"]
     pd.testing.assert_frame_equal(pd.read_parquet(a / "log.parquet")[same], pd.read_parquet(b / "log.parquet")[same])
     pd.testing.assert_frame_equal(pd.read_parquet(a / "curve.parquet"), pd.read_parquet(b / "curve.parquet"))
 
+
 @slow
-@pytest.mark.parametrize("what, kept, made", [("sft", "resume.json", "step-00008"), ("sft lora", "resume.json", "step-00008"), ("ppo", "resume.pt", "checkpoint")])
+@pytest.mark.parametrize(
+    "what, kept, made",
+    [
+        ("sft", "resume.json", "step-00008"),
+        ("sft lora", "resume.json", "step-00008"),
+        ("ppo", "resume.pt", "checkpoint"),
+    ],
+)
 def test_killed_under_FSDP2_it_ends_with_the_same_bits(tmp_path, what, kept, made):
     whole = run(tmp_path, "whole", what, "fsdp2")
-    with pytest.raises(AssertionError): run(tmp_path, "killed", what + " dies", "fsdp2")
+    with pytest.raises(AssertionError):
+        run(tmp_path, "killed", what + " dies", "fsdp2")
     assert (tmp_path / "killed" / kept).exists() and not (tmp_path / "killed" / made).exists()
     killed = run(tmp_path, "killed", what, "fsdp2")
     assert furthest(whole / made, killed / made) == 0

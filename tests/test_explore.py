@@ -1,16 +1,41 @@
 "The explorer in a real browser: JupyterLab, Chromium, a slider that is moved."
+
 import nbformat
 from gp_spectral.study import study
+
 
 def test_slider_draws_a_new_picture(lab, tmp_path_factory):
     from selenium.webdriver import Keys
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
+
     folder = tmp_path_factory.mktemp("explored")
-    study("tiny", seeds=1, out=folder, progress=False, overrides=dict(test_problems="16", retry_problems="4", curve_problems="8", sft_steps="4", sft_points="1", sft_examples="32", ppo_iterations="1",
-          ppo_samples="8", ppo_minibatch="8", tops="0.2", recovery_problems="8", test_attempts="1"))
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"from gp_spectral.explore import explore\nexplore({str(folder / 'tiny')!r})")],
-                                  metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+    study(
+        "tiny",
+        seeds=1,
+        out=folder,
+        progress=False,
+        overrides=dict(
+            test_problems="16",
+            retry_problems="4",
+            curve_problems="8",
+            sft_steps="4",
+            sft_points="1",
+            sft_examples="32",
+            ppo_iterations="1",
+            ppo_samples="8",
+            ppo_minibatch="8",
+            tops="0.2",
+            recovery_problems="8",
+            test_attempts="1",
+        ),
+    )
+    nb = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(f"from gp_spectral.explore import explore\nexplore({str(folder / 'tiny')!r})")
+        ],
+        metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
+    )
     nbformat.write(nb, folder / "explorer.ipynb")
     page = lab(folder / "explorer.ipynb")
     wait = WebDriverWait(page, 180, ignored_exceptions=(Exception,))

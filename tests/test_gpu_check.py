@@ -1,5 +1,9 @@
 "The script that proves things on a GPU, rehearsed without one: what it says is said once it is needed, not tried for the first time then."
-import json, os, subprocess, sys
+
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,13 +14,20 @@ SCRIPT = ROOT / "scripts" / "gpu_check.py"
 
 
 def check(*words, **env):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, words)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **env},
+    )
 
 
 @pytest.fixture(scope="module")
 def script():
     sys.path.insert(0, str(SCRIPT.parent))
     import gpu_check
+
     yield gpu_check
     sys.path.remove(str(SCRIPT.parent))
 
@@ -29,13 +40,16 @@ def test_rehearsal(tmp_path, part):
     said = json.loads(next(l for l in done.stdout.splitlines() if l.startswith('{"part"')))
     assert result["done"] and said["part"] == part and result["rows"] and result["torch"]
     assert f"## {part}" in (tmp_path / "results.md").read_text()
-    if part == "right": assert all(r["right"] for r in result["rows"]) and len(result["rows"]) >= 10
+    if part == "right":
+        assert all(r["right"] for r in result["rows"]) and len(result["rows"]) >= 10
     if part == "smollm2":
-        assert {"evaluations", "angles", "recovery", "ppo_log", "taught_curve", "claims"} <= {f.stem for f in (tmp_path / "tables").glob("*.parquet")}
+        assert {"evaluations", "angles", "recovery", "ppo_log", "taught_curve", "claims"} <= {
+            f.stem for f in (tmp_path / "tables").glob("*.parquet")
+        }
         assert set(pd.read_parquet(tmp_path / "tables/evaluations.parquet").seed) == {0, 1}
     begun = (tmp_path / f"{part}.json").stat().st_mtime_ns
     assert check("--out", tmp_path, "--rehearse", "--only", part).returncode == 0
-    assert (tmp_path / f"{part}.json").stat().st_mtime_ns == begun              # what is complete is not run again
+    assert (tmp_path / f"{part}.json").stat().st_mtime_ns == begun  # what is complete is not run again
 
 
 def test_a_part_is_stopped_when_its_time_is_up(tmp_path):
@@ -43,7 +57,7 @@ def test_a_part_is_stopped_when_its_time_is_up(tmp_path):
     assert done.returncode == 1 and "stopped after 12 s" in done.stdout
     assert json.loads((tmp_path / "smollm2.json").read_text())["ended"] == "stopped after 12 s"
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in left                                           # and nothing that it started goes on
+    assert str(tmp_path) not in left  # and nothing that it started goes on
 
 
 def test_numbers_that_differ_are_not_passed_over(tmp_path, script):
@@ -62,7 +76,8 @@ def test_pieces_are_put_together(tmp_path, script, monkeypatch):
     folder, whole = tmp_path / "pack", bytes(range(256)) * 50
     folder.mkdir()
     monkeypatch.setattr(script, "PIECE", 5000)
-    gguf = tmp_path / "model.gguf"; gguf.write_bytes(whole)
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(whole)
     script.cut(gguf, folder)
     assert len(list(folder.glob("model.gguf.*"))) == 3
     (folder / "model.gguf.01").rename(tmp_path / "later")

@@ -1,78 +1,170 @@
 "The project as a whole: what is generated is up to date, imports are light, and nothing imports upward."
-import ast, json, os, runpy, shutil, subprocess, sys
+
+import ast
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {"torch", "transformers", "trl", "accelerate", "peft", "pandas", "scipy", "matplotlib", "seaborn", "datasets", "ipywidgets"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "pandas",
+    "scipy",
+    "matplotlib",
+    "seaborn",
+    "datasets",
+    "ipywidgets",
+}
 
-def notebooks(root): return sorted(p.relative_to(root) for p in root.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(root).parts))
+
+def notebooks(root):
+    return sorted(
+        p.relative_to(root)
+        for p in root.rglob("*.ipynb")
+        if not any(part[0] in "._" for part in p.relative_to(root).parts)
+    )
+
 
 def python(code, cwd=ROOT, **env):
     "Runs `code` in a fresh process; its output, or a failure that shows what it wrote."
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env={**os.environ, **env}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, f"{code}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
+
 
 @pytest.fixture
 def copy(tmp_path):
     "A copy of the project to write in. Processes that run there import the copy."
-    ignored = shutil.ignore_patterns(".git", "runs", "_proc", "_docs", "models", "*.egg-info", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", "build", "dist", ".venv")
+    ignored = shutil.ignore_patterns(
+        ".git",
+        "runs",
+        "_proc",
+        "_docs",
+        "models",
+        "*.egg-info",
+        "__pycache__",
+        ".ipynb_checkpoints",
+        ".pytest_cache",
+        "build",
+        "dist",
+        ".venv",
+    )
     return Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored))
 
-def contents(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 
-def changed(before, after): return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+def contents(root):
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes()
+        for p in root.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
 
-@pytest.mark.parametrize("code", ["from nbdev.doclinks import nbdev_export as run", "from nbdev.clean import nbdev_clean as run"], ids=["export", "clean"])
+
+def changed(before, after):
+    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["from nbdev.doclinks import nbdev_export as run", "from nbdev.clean import nbdev_clean as run"],
+    ids=["export", "clean"],
+)
 def test_nothing_left_to_do(copy, code):
     before = contents(copy)
     python(f"{code}; run.__wrapped__()", copy, PYTHONPATH=str(copy))
     assert changed(before, contents(copy)) == []
 
+
 # nbdev-proc-nbs as it is, but without its download of Quarto, which this step does not use
 PROC = "import nbdev.quarto as q; q._ensure_quarto = lambda: None; q.nbdev_proc_nbs.__wrapped__(n_workers=0)"
 
+
 def test_docs_are_processed(copy):
     before = contents(copy)
-    python(PROC, copy, PYTHONPATH=f"{copy}{os.pathsep}{copy / 'nbs'}")   # nbs: the spectral notebooks share example_pair.py
+    python(
+        PROC, copy, PYTHONPATH=f"{copy}{os.pathsep}{copy / 'nbs'}"
+    )  # nbs: the spectral notebooks share example_pair.py
     after = contents(copy)
-    assert [k for k in changed(before, after) if not k.startswith("_proc/")] == []   # nbdev.yml and sidebar.yml stay as they are
+    assert [
+        k for k in changed(before, after) if not k.startswith("_proc/")
+    ] == []  # nbdev.yml and sidebar.yml stay as they are
     assert notebooks(copy / "_proc") == notebooks(ROOT / "nbs")
     for name in notebooks(copy / "_proc"):
         cells = json.loads(after[f"_proc/{name.as_posix()}"])["cells"]
-        assert cells and cells[0]["cell_type"] == "raw" and "title:" in "".join(cells[0]["source"]), f"{name} has no title cell"
+        assert cells and cells[0]["cell_type"] == "raw" and "title:" in "".join(cells[0]["source"]), (
+            f"{name} has no title cell"
+        )
+
 
 def test_sidebar_names_every_notebook():
     yaml = pytest.importorskip("yaml")
     named, nbs = set(), ROOT / "nbs"
+
     def walk(entries):
         for entry in [entries] if isinstance(entries, str) else entries:
-            if isinstance(entry, dict): walk(entry.get("contents", entry.get("href", [])))
-            elif "*" in entry: named.update(p.relative_to(nbs) for p in nbs.glob(entry))
-            else: named.add(Path(entry))
+            if isinstance(entry, dict):
+                walk(entry.get("contents", entry.get("href", [])))
+            elif "*" in entry:
+                named.update(p.relative_to(nbs) for p in nbs.glob(entry))
+            else:
+                named.add(Path(entry))
+
     walk(yaml.safe_load((nbs / "sidebar.yml").read_text())["website"]["sidebar"]["contents"])
     assert named == set(notebooks(nbs))
+
 
 def test_readme_is_the_index_notebook():
     made = runpy.run_path(str(ROOT / "scripts" / "readme.py"))
     assert (ROOT / "README.md").read_text(encoding="utf-8") == made["readme"](ROOT), "run: python scripts/readme.py"
-    assert all(file.read_bytes() == png for file, png in made["pictures"](ROOT).items()), "run: python scripts/readme.py"
+    assert all(file.read_bytes() == png for file, png in made["pictures"](ROOT).items()), (
+        "run: python scripts/readme.py"
+    )
+
 
 def test_readme_renders_cells():
-    def cell(kind, source, *outputs): return dict(cell_type=kind, metadata={}, source=source, outputs=list(outputs))
-    nb = {"cells": [cell("markdown", "# Title\n\nSee [angles](04_angles.ipynb#bands), `[this](04_angles.ipynb)` and ![bars](images/bars.png)."),
-                    cell("code", "#| hide\nimport secret"),
-                    cell("code", "#| eval: false\n1 + 1", dict(output_type="execute_result", data={"text/plain": ["2"]}))]}
+    def cell(kind, source, *outputs):
+        return dict(cell_type=kind, metadata={}, source=source, outputs=list(outputs))
+
+    nb = {
+        "cells": [
+            cell(
+                "markdown",
+                "# Title\n\nSee [angles](04_angles.ipynb#bands), `[this](04_angles.ipynb)` and ![bars](images/bars.png).",
+            ),
+            cell("code", "#| hide\nimport secret"),
+            cell("code", "#| eval: false\n1 + 1", dict(output_type="execute_result", data={"text/plain": ["2"]})),
+        ]
+    }
     text = runpy.run_path(str(ROOT / "scripts" / "readme.py"))["render"](nb, "https://example.org/docs/")
     assert "[angles](https://example.org/docs/angles.html#bands), `[this](04_angles.ipynb)`" in text
     assert "![bars](nbs/images/bars.png)" in text and "secret" not in text
     assert text.endswith("```python\n1 + 1\n```\n\n```\n2\n```\n")
 
-def loaded(code): return set(python(f"{code}\nimport sys; print('loaded:', *sys.modules)").split("loaded:")[-1].split())
+
+def loaded(code):
+    return set(python(f"{code}\nimport sys; print('loaded:', *sys.modules)").split("loaded:")[-1].split())
+
 
 @pytest.mark.parametrize("module", ["gp_spectral", "gp_spectral.env"])
-def test_import_is_light(module): assert loaded(f"import {module}") & HEAVY == set()
+def test_import_is_light(module):
+    assert loaded(f"import {module}") & HEAVY == set()
+
 
 HELP = """
 import sys
@@ -82,20 +174,38 @@ sys.argv = ["gp-spectral", "--help"]
 try: command.load()()
 except SystemExit as e: assert not e.code, e.code
 """
-def test_help_is_light(): assert loaded(HELP) & HEAVY == set()
+
+
+def test_help_is_light():
+    assert loaded(HELP) & HEAVY == set()
+
 
 # A module may import those on floors below it; the two wings never import each other.
-FLOORS = {"env": (), "smollm2": (), "folders": ("smollm2",), "sft": ("env", "folders"), "ppo": ("env", "folders", "sft"), "grpo": ("env", "folders", "sft"), "checkpoint": ("folders",), "svd": ("checkpoint",), "angles": ("folders", "checkpoint", "svd"),
-          "recovery": ("checkpoint", "svd", "angles"), "sweep": ("checkpoint", "svd", "angles", "recovery")}
+FLOORS = {
+    "env": (),
+    "smollm2": (),
+    "folders": ("smollm2",),
+    "sft": ("env", "folders"),
+    "ppo": ("env", "folders", "sft"),
+    "grpo": ("env", "folders", "sft"),
+    "checkpoint": ("folders",),
+    "svd": ("checkpoint",),
+    "angles": ("folders", "checkpoint", "svd"),
+    "recovery": ("checkpoint", "svd", "angles"),
+    "sweep": ("checkpoint", "svd", "angles", "recovery"),
+}
+
 
 @pytest.mark.parametrize("module", FLOORS)
 def test_nothing_imports_upward(module):
     tree, found = ast.parse((ROOT / "gp_spectral" / f"{module}.py").read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gp_spectral.")}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gp_spectral.")}
         elif isinstance(node, ast.ImportFrom):
             parts = (node.module or "").split(".")
-            if node.level == 0 and parts[0] != "gp_spectral": continue
+            if node.level == 0 and parts[0] != "gp_spectral":
+                continue
             inner = [p for p in (parts if node.level else parts[1:]) if p]
             found |= {inner[0]} if inner else {a.name for a in node.names}
     assert found & {*FLOORS, "study", "explore", "cli"} <= {*FLOORS[module]}
@@ -104,7 +214,15 @@ def test_nothing_imports_upward(module):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_launch_configurations_are_accelerates(file):
     from accelerate.commands.config.config_args import load_config_from_file
+
     config = load_config_from_file(str(file))
-    assert config.distributed_type.value == {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}[file.stem]
-    if file.stem == "fsdp2": assert config.fsdp_config["fsdp_version"] == 2
-    if "zero" in file.stem: assert config.deepspeed_config["zero_stage"] == int(file.stem[-1])
+    assert (
+        config.distributed_type.value
+        == {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}[
+            file.stem
+        ]
+    )
+    if file.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if "zero" in file.stem:
+        assert config.deepspeed_config["zero_stage"] == int(file.stem[-1])

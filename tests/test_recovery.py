@@ -1,19 +1,37 @@
 "Property, fault and kill tests of gp_spectral.recovery. Small random matrices; no model of the game is needed."
-import json, os, signal, subprocess, sys, time, warnings
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made import changed, checkpoints, gaussian, orthonormal, trained, weights, write
+from made import changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import recovery
 from gp_spectral.angles import principal_angles
-from gp_spectral.recovery import (METHODS, certificate, chosen_ranks, edit_factors, edit_matrix, lora_factors, plot_recovery, recover, recovery_record)
+from gp_spectral.recovery import (
+    METHODS,
+    certificate,
+    chosen_ranks,
+    edit_factors,
+    edit_matrix,
+    lora_factors,
+    plot_recovery,
+    recover,
+    recovery_record,
+)
 from gp_spectral import sweep as sweeping
 from gp_spectral.sweep import score_command, search, sweep, sweep_matrix
-from gp_spectral.svd import Checkpoint, CheckpointError, Factors, factorize, singular_values
+from gp_spectral.checkpoint import Checkpoint, CheckpointError
+from gp_spectral.svd import Factors, factorize, singular_values
 
 torch.set_num_threads(1)
 ISOSPECTRAL = ("anchored", "symmetric", "direct")
@@ -37,7 +55,8 @@ def flipped(f, seed):
     return Factors(f.U * e, f.s, f.Vh * e[:, None])
 
 
-def product(f): return (f.U * f.s) @ f.Vh
+def product(f):
+    return (f.U * f.s) @ f.Vh
 
 
 @pytest.fixture
@@ -46,24 +65,33 @@ def folders(tmp_path):
     return write(tmp_path / "target", changed(donor)), write(tmp_path / "donor", donor)
 
 
-def same_bytes(a, b, name): return torch.equal(a.tensor(name).view(torch.uint8), b.tensor(name).view(torch.uint8))
+def same_bytes(a, b, name):
+    return torch.equal(a.tensor(name).view(torch.uint8), b.tensor(name).view(torch.uint8))
 
 
 # --- the merges against plain dense renderings of their definitions
 
+
 def polar(X, toward=None, tol=1e-3):
     "The nearest matrix with orthonormal columns; the directions that X leaves open go `toward`."
-    P, s, Qh = torch.linalg.svd(X, full_matrices=False); rank = int((s > tol).sum())
-    if rank == len(s): return P @ Qh, 0
-    P, _, Qh = torch.linalg.svd(X, full_matrices=True); N, Z = P[:, rank:], Qh[rank:]
-    a, _, b = torch.linalg.svd(torch.eye(N.shape[1], len(Z)).to(X.dtype) if toward is None else N.T @ toward @ Z.T, full_matrices=False)
+    P, s, Qh = torch.linalg.svd(X, full_matrices=False)
+    rank = int((s > tol).sum())
+    if rank == len(s):
+        return P @ Qh, 0
+    P, _, Qh = torch.linalg.svd(X, full_matrices=True)
+    N, Z = P[:, rank:], Qh[rank:]
+    a, _, b = torch.linalg.svd(
+        torch.eye(N.shape[1], len(Z)).to(X.dtype) if toward is None else N.T @ toward @ Z.T, full_matrices=False
+    )
     return P[:, :rank] @ Qh[:rank] + N @ (a @ b) @ Z, len(Z)
 
 
 def polar_pair(Xu, Xv, aim_u, aim_v, short_v):
     (U, open_u), (V, open_v) = polar(Xu), polar(Xv)
-    if open_u and (short_v or not open_v): U, _ = polar(Xu, aim_u(V))
-    elif open_v: V, _ = polar(Xv, aim_v(U))
+    if open_u and (short_v or not open_v):
+        U, _ = polar(Xu, aim_u(V))
+    elif open_v:
+        V, _ = polar(Xv, aim_v(U))
     return U, V
 
 
@@ -73,10 +101,18 @@ def dense(method, t, d, c):
     span = lambda *columns: torch.linalg.qr(torch.cat(columns, 1))[0]
     short_v = len(U) >= len(V)
     if method == "symmetric":
-        Cu, Cv = span(U, Ud[:, c]), span(V, Vd[:, c]); core = Cu.T @ W @ Cv
-        Hu, Hv = polar_pair(Cu.T @ torch.where(c, Ud, U), Cv.T @ torch.where(c, Vd, V), lambda H: (core @ H) * t.s, lambda H: (core.T @ H) * t.s, short_v)
+        Cu, Cv = span(U, Ud[:, c]), span(V, Vd[:, c])
+        core = Cu.T @ W @ Cv
+        Hu, Hv = polar_pair(
+            Cu.T @ torch.where(c, Ud, U),
+            Cv.T @ torch.where(c, Vd, V),
+            lambda H: (core @ H) * t.s,
+            lambda H: (core.T @ H) * t.s,
+            short_v,
+        )
         return product(Factors(Cu @ Hu, t.s, (Cv @ Hv).T))
-    k = int(c.sum()); Cu, Cv = span(Ud[:, c], U)[:, k:], span(Vd[:, c], V)[:, k:]
+    k = int(c.sum())
+    Cu, Cv = span(Ud[:, c], U)[:, k:], span(Vd[:, c], V)[:, k:]
     Nu, Nv = torch.where(c, Ud, U), torch.where(c, Vd, V)
     if not c.all():
         core, s = Cu.T @ W @ Cv, t.s[~c]
@@ -88,12 +124,14 @@ def dense(method, t, d, c):
 def davis_kahan(A, B):
     "The direct rotation of the subspace of A to that of B, as a dense matrix (Davis and Kahan, 1970)."
     P, Q, I = A @ A.T, B @ B.T, torch.eye(len(A)).double()
-    u, _, v = torch.linalg.svd(Q @ P + (I - Q) @ (I - P)); return u @ v
+    u, _, v = torch.linalg.svd(Q @ P + (I - Q) @ (I - P))
+    return u @ v
 
 
 def mask(r, *bands):
     c = torch.zeros(r, dtype=torch.bool)
-    for b in bands: c[b] = True
+    for b in bands:
+        c[b] = True
     return c
 
 
@@ -101,22 +139,41 @@ def mask(r, *bands):
 @pytest.mark.parametrize("size", [1e-3, 0.05, 0.3, 1.5])
 @pytest.mark.parametrize("method", ["anchored", "symmetric"])
 def test_thin_edits_equal_the_dense_definition(method, m, n, size):
-    target, donor = pair(m, n, size); f = factorize(target), factorize(donor); r = min(m, n)
-    for top, tail, bulk in ((0.2, 0.0, 0.0), (0.0, 0.3, 0.0), (0.2, 0.2, 0.0), (0.1, 0.1, 0.3), (1.0, 0.0, 0.0), (0.7, 0.0, 0.0), (1, 0, 0)):
-        if r == 1 and (tail or bulk) and top: continue
-        head, end, mid = chosen_ranks(r, top, tail, bulk); start = (r - mid) // 2
+    target, donor = pair(m, n, size)
+    f = factorize(target), factorize(donor)
+    r = min(m, n)
+    for top, tail, bulk in (
+        (0.2, 0.0, 0.0),
+        (0.0, 0.3, 0.0),
+        (0.2, 0.2, 0.0),
+        (0.1, 0.1, 0.3),
+        (1.0, 0.0, 0.0),
+        (0.7, 0.0, 0.0),
+        (1, 0, 0),
+    ):
+        if r == 1 and (tail or bulk) and top:
+            continue
+        head, end, mid = chosen_ranks(r, top, tail, bulk)
+        start = (r - mid) // 2
         e = edit_factors(method, target, donor, top, tail, bulk, factors=f)
         c = mask(r, slice(0, head), slice(r - end, r), slice(start, start + mid))
         assert float((target + e.L @ e.R - dense(method, *f, c)).norm()) < 1e-9 * float((donor - target).norm())
         meant = e.meant()
         torch.testing.assert_close(product(meant), target + e.L @ e.R, rtol=0, atol=1e-11)
-        for X in (meant.U, meant.Vh.T): assert float((X.T @ X - torch.eye(r).double()).abs().max()) < 1e-10
+        for X in (meant.U, meant.Vh.T):
+            assert float((X.T @ X - torch.eye(r).double()).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("m,n", [(30, 30), (50, 20), (20, 50)])
 def test_direct_rotation_equals_the_dense_definition(m, n):
-    target, donor = pair(m, n); t, d = factorize(target), factorize(donor); r = min(m, n)
-    for bands in ((slice(0, 6),), (slice(0, 4), slice(r - 3, r)), (slice(0, 4), slice((r - 4) // 2, (r - 4) // 2 + 4), slice(r - 3, r))):
+    target, donor = pair(m, n)
+    t, d = factorize(target), factorize(donor)
+    r = min(m, n)
+    for bands in (
+        (slice(0, 6),),
+        (slice(0, 4), slice(r - 3, r)),
+        (slice(0, 4), slice((r - 4) // 2, (r - 4) // 2 + 4), slice(r - 3, r)),
+    ):
         U, V, expected = t.U, t.Vh.T, target
         for b in bands:
             Ru, Rv = davis_kahan(U[:, b], d.U[:, b]), davis_kahan(V[:, b], d.Vh[b].T)
@@ -126,12 +183,15 @@ def test_direct_rotation_equals_the_dense_definition(m, n):
         e = edit_factors("direct", target, donor, top, tail, bulk, factors=(t, d))
         torch.testing.assert_close(target + e.L @ e.R, expected, rtol=0, atol=1e-11)
         torch.testing.assert_close(product(e.meant()), expected, rtol=0, atol=1e-11)
-    assert (METHODS["direct"](target, donor, 6) - target).norm() < (METHODS["anchored"](target, donor, 6) - target).norm()
+    assert (METHODS["direct"](target, donor, 6) - target).norm() < (
+        METHODS["anchored"](target, donor, 6) - target
+    ).norm()
 
 
 @pytest.mark.parametrize("m,n", [(30, 30), (50, 20), (20, 50)])
 def test_uv_merge_is_the_published_formula(m, n):
-    target, donor = pair(m, n); (U, s, V), (Ud, sd, Vd) = factorize(target), factorize(donor)
+    target, donor = pair(m, n)
+    (U, s, V), (Ud, sd, Vd) = factorize(target), factorize(donor)
     for k in (1, 4, min(m, n)):
         rebuilt = torch.cat([Ud[:, :k], U[:, k:]], 1) @ torch.diag(s) @ torch.cat([Vd[:k], V[k:]])
         torch.testing.assert_close(METHODS["uv"](target, donor, k), rebuilt, rtol=0, atol=1e-12)
@@ -140,62 +200,105 @@ def test_uv_merge_is_the_published_formula(m, n):
 
 
 @pytest.mark.parametrize("m,n", [(30, 30), (50, 20), (20, 50), (7, 1)])
-@pytest.mark.parametrize("top,tail,bulk", [(0.2, 0.0, 0.0), (0.0, 0.3, 0.0), (0.2, 0.2, 0.0), (1.0, 0.0, 0.0), (1, 0, 0), (0.2, 0.2, 0.2), (0.0, 0.0, 0.4), (0.5, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "top,tail,bulk",
+    [
+        (0.2, 0.0, 0.0),
+        (0.0, 0.3, 0.0),
+        (0.2, 0.2, 0.0),
+        (1.0, 0.0, 0.0),
+        (1, 0, 0),
+        (0.2, 0.2, 0.2),
+        (0.0, 0.0, 0.4),
+        (0.5, 0.5, 0.0),
+    ],
+)
 @pytest.mark.parametrize("method", ISOSPECTRAL)
 def test_isospectral(method, m, n, top, tail, bulk):
-    if (m, n) == (7, 1) and (top and (tail or bulk)): pytest.skip("one rank cannot be in two bands")
+    if (m, n) == (7, 1) and (top and (tail or bulk)):
+        pytest.skip("one rank cannot be in two bands")
     target, donor = pair(m, n)
     after = METHODS[method](target, donor, top, tail, bulk=bulk)
     torch.testing.assert_close(singular_values(after), singular_values(target), rtol=1e-10, atol=1e-13)
     found = certificate(target, after, donor, top, tail, bulk=bulk)
-    if method != "symmetric": assert found["head_angle"] < 1e-8 <= found["head_angle_before"] or top == 1.0 or n == 1
+    if method != "symmetric":
+        assert found["head_angle"] < 1e-8 <= found["head_angle_before"] or top == 1.0 or n == 1
     assert found["sigma_change"] < 1e-10 and found["changed"] > 0
 
 
 def test_how_thin_the_edits_are():
     target, donor = pair(60, 50)
-    for method, columns, rank in (("uv", 2, 2), ("anchored", 4, 3), ("symmetric", 4, 3), ("direct", 4, 2), ("sigma_only", 1, 1)):
+    for method, columns, rank in (
+        ("uv", 2, 2),
+        ("anchored", 4, 3),
+        ("symmetric", 4, 3),
+        ("direct", 4, 2),
+        ("sigma_only", 1, 1),
+    ):
         for k in (1, 5):
             L, R, _ = edit_factors(method, target, donor, k)
-            assert L.shape == (60, columns * k) and R.shape == (columns * k, 50) and torch.linalg.matrix_rank(L @ R, rtol=1e-10) == rank * k
+            assert (
+                L.shape == (60, columns * k)
+                and R.shape == (columns * k, 50)
+                and torch.linalg.matrix_rank(L @ R, rtol=1e-10) == rank * k
+            )
         L, R, meant = edit_factors(method, target, donor, 0)
         assert L.shape == (60, 0) and R.shape == (0, 50) and torch.equal(meant().s, factorize(target).s)
 
 
 @pytest.mark.parametrize("method", ["anchored", "direct"])
 def test_every_band_is_the_donors(method):
-    target, donor = pair(40, 30); a, d = factorize(METHODS[method](target, donor, 0.2, 0.2, bulk=0.2)), factorize(donor)
+    target, donor = pair(40, 30)
+    a, d = factorize(METHODS[method](target, donor, 0.2, 0.2, bulk=0.2)), factorize(donor)
     for ranks in (slice(0, 6), slice(12, 18), slice(24, 30)):
-        assert principal_angles(a.U[:, ranks], d.U[:, ranks]).max() < 1e-8 and principal_angles(a.Vh[ranks].T, d.Vh[ranks].T).max() < 1e-8
+        assert (
+            principal_angles(a.U[:, ranks], d.U[:, ranks]).max() < 1e-8
+            and principal_angles(a.Vh[ranks].T, d.Vh[ranks].T).max() < 1e-8
+        )
 
 
 def test_anchored_takes_the_donors_vectors_exactly():
-    target, donor = pair(40, 30); a, d = factorize(METHODS["anchored"](target, donor, 5)), factorize(donor)
+    target, donor = pair(40, 30)
+    a, d = factorize(METHODS["anchored"](target, donor, 5)), factorize(donor)
     torch.testing.assert_close(a.U[:, :5] @ a.Vh[:5], d.U[:, :5] @ d.Vh[:5], rtol=0, atol=1e-9)
 
 
 def test_sigma_of_the_donor():
-    target, donor = pair(40, 30); t, d = factorize(target), factorize(donor)
+    target, donor = pair(40, 30)
+    t, d = factorize(target), factorize(donor)
     expected = torch.cat([d.s[:6], t.s[6:]]).sort(descending=True)[0]
     for method in ("anchored", "symmetric"):
-        torch.testing.assert_close(singular_values(METHODS[method](target, donor, 6, sigma="donor")), expected, rtol=1e-10, atol=1e-13)
-    for method in ("uv", "anchored", "symmetric"): torch.testing.assert_close(METHODS[method](target, donor, 1.0, sigma="donor"), donor, rtol=0, atol=1e-11)
-    with pytest.raises(ValueError, match="no meaning"): edit_factors("direct", target, donor, sigma="donor")
-    with pytest.raises(ValueError, match="'target' or 'donor'"): METHODS["uv"](target, donor, sigma="both")
+        torch.testing.assert_close(
+            singular_values(METHODS[method](target, donor, 6, sigma="donor")), expected, rtol=1e-10, atol=1e-13
+        )
+    for method in ("uv", "anchored", "symmetric"):
+        torch.testing.assert_close(METHODS[method](target, donor, 1.0, sigma="donor"), donor, rtol=0, atol=1e-11)
+    with pytest.raises(ValueError, match="no meaning"):
+        edit_factors("direct", target, donor, sigma="donor")
+    with pytest.raises(ValueError, match="'target' or 'donor'"):
+        METHODS["uv"](target, donor, sigma="both")
 
 
 @pytest.mark.parametrize("method", SPECTRAL)
 def test_sign_invariance(method):
-    target, donor = pair(40, 30); t, d = factorize(target), factorize(donor)
+    target, donor = pair(40, 30)
+    t, d = factorize(target), factorize(donor)
     plain = METHODS[method](target, donor, 0.2, 0.1, factors=(t, d))
     for seed in range(3):
-        torch.testing.assert_close(METHODS[method](target, donor, 0.2, 0.1, factors=(flipped(t, seed), flipped(d, seed + 10))), plain, rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            METHODS[method](target, donor, 0.2, 0.1, factors=(flipped(t, seed), flipped(d, seed + 10))),
+            plain,
+            rtol=0,
+            atol=1e-11,
+        )
 
 
 @pytest.mark.parametrize("method", SPECTRAL)
 def test_permutation_inside_a_band(method):
     "Two directions that change places within the head leave the others alone, and the subspace methods do not notice in the angles."
-    d = factorize(trained(40, 30)); order = torch.arange(30); order[[1, 4]] = order[[4, 1]]
+    d = factorize(trained(40, 30))
+    order = torch.arange(30)
+    order[[1, 4]] = order[[4, 1]]
     target, donor = (d.U[:, order] * d.s) @ d.Vh[order], product(d)
     after = METHODS[method](target, donor, 6)
     torch.testing.assert_close(after, target if method == "direct" else donor, rtol=0, atol=1e-11)
@@ -204,13 +307,21 @@ def test_permutation_inside_a_band(method):
 @pytest.mark.parametrize("method", SPECTRAL)
 def test_degenerate_singular_values(method):
     "Equal singular values of the target leave their vectors open; the result must not depend on the choice."
-    t, d = factorize(trained(40, 30)), factorize(pair(40, 30)[1]); s = t.s.clone(); s[10:14] = s[10]; s[1:4] = s[1]
-    target = (t.U * s) @ t.Vh; turned = [t.U.clone(), t.Vh.clone()]
+    t, d = factorize(trained(40, 30)), factorize(pair(40, 30)[1])
+    s = t.s.clone()
+    s[10:14] = s[10]
+    s[1:4] = s[1]
+    target = (t.U * s) @ t.Vh
+    turned = [t.U.clone(), t.Vh.clone()]
     for block, seed in ((slice(10, 14), 3), (slice(1, 4), 4)):
         Q = orthonormal(block.stop - block.start, block.stop - block.start, seed)
         turned[0][:, block], turned[1][block] = t.U[:, block] @ Q, Q.T @ t.Vh[block]
-    if method == "symmetric": turned[0][:, 1:4], turned[1][1:4] = t.U[:, 1:4], t.Vh[1:4]
-    a, b = (METHODS[method](target, product(d), 0.2, factors=(f, d)) for f in (Factors(t.U, s, t.Vh), Factors(turned[0], s, turned[1])))
+    if method == "symmetric":
+        turned[0][:, 1:4], turned[1][1:4] = t.U[:, 1:4], t.Vh[1:4]
+    a, b = (
+        METHODS[method](target, product(d), 0.2, factors=(f, d))
+        for f in (Factors(t.U, s, t.Vh), Factors(turned[0], s, turned[1]))
+    )
     torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
@@ -219,11 +330,14 @@ def test_degenerate_singular_values(method):
 @pytest.mark.parametrize("nearly", [0.0, 1e-9, 1e-5])
 def test_lost_dimension(method, m, n, nearly):
     "Two directions change places across the cut: the joined basis loses a dimension, the merge must not."
-    order = torch.arange(12); order[[3, 4]] = order[[4, 3]]
-    t, d = swapped(m, n, order, nearly); target, donor = product(t), product(d)
+    order = torch.arange(12)
+    order[[3, 4]] = order[[4, 3]]
+    t, d = swapped(m, n, order, nearly)
+    target, donor = product(t), product(d)
     after = METHODS[method](target, donor, 4)
     torch.testing.assert_close(singular_values(after), singular_values(target), rtol=1e-9, atol=1e-12)
-    if method != "symmetric": torch.testing.assert_close(after, donor, rtol=0, atol=1e-12 if not nearly else 100 * nearly)
+    if method != "symmetric":
+        torch.testing.assert_close(after, donor, rtol=0, atol=1e-12 if not nearly else 100 * nearly)
 
 
 @pytest.mark.parametrize("m,n", [(12, 12), (20, 12), (12, 20)])
@@ -231,61 +345,104 @@ def test_lost_dimension(method, m, n, nearly):
 @pytest.mark.parametrize("nearly", [0.0, 1e-9, 1e-5])
 def test_two_lost_dimensions(method, m, n, nearly):
     "Filled independently of signs, orthonormal, and no further from the target than filling one side at random."
-    order = torch.arange(12); order[[3, 4, 1, 6]] = order[[4, 3, 6, 1]]
-    t, d = swapped(m, n, order, nearly); target, donor = product(t), product(d)
+    order = torch.arange(12)
+    order[[3, 4, 1, 6]] = order[[4, 3, 6, 1]]
+    t, d = swapped(m, n, order, nearly)
+    target, donor = product(t), product(d)
     e = edit_factors(method, target, donor, 4, factors=(t, d))
-    for X in (e.meant().U, e.meant().Vh.T): assert float((X.T @ X - torch.eye(12).double()).abs().max()) < 1e-9
+    for X in (e.meant().U, e.meant().Vh.T):
+        assert float((X.T @ X - torch.eye(12).double()).abs().max()) < 1e-9
     after = target + e.L @ e.R
-    for seed in range(4): torch.testing.assert_close(METHODS[method](target, donor, 4, factors=(flipped(t, seed), flipped(d, seed + 9))), after, rtol=0, atol=1e-9)
-    if method == "direct": assert principal_angles(factorize(after).U[:, :4], d.U[:, :4]).max() < 1e-7
-    else: assert (after - target).norm() <= (dense(method, t, d, mask(12, slice(0, 4))) - target).norm() + 1e-9
+    for seed in range(4):
+        torch.testing.assert_close(
+            METHODS[method](target, donor, 4, factors=(flipped(t, seed), flipped(d, seed + 9))),
+            after,
+            rtol=0,
+            atol=1e-9,
+        )
+    if method == "direct":
+        assert principal_angles(factorize(after).U[:, :4], d.U[:, :4]).max() < 1e-7
+    else:
+        assert (after - target).norm() <= (dense(method, t, d, mask(12, slice(0, 4))) - target).norm() + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", [*SPECTRAL, "sigma_only"])
 def test_nothing_to_restore_and_dtypes(method, dtype):
     target, donor = (x.to(dtype) for x in pair(24, 16))
-    assert torch.equal(METHODS[method](target, donor, 0.0), target) and torch.equal(METHODS[method](target, donor, 0), target)
+    assert torch.equal(METHODS[method](target, donor, 0.0), target) and torch.equal(
+        METHODS[method](target, donor, 0), target
+    )
     after = METHODS[method](target, donor, 0.2)
-    assert after.dtype == dtype and after.shape == target.shape and torch.isfinite(after).all() and not torch.equal(after, target)
+    assert (
+        after.dtype == dtype
+        and after.shape == target.shape
+        and torch.isfinite(after).all()
+        and not torch.equal(after, target)
+    )
     assert torch.equal(METHODS[method](target, target, 0.2), target)
 
 
 def test_bands_that_do_not_fit():
     assert chosen_ranks(7, 0.5, 0.5) == (4, 3, 0) and chosen_ranks(9, 1, 1, 7) == (1, 1, 7)
-    for bad, match in ((dict(top=1.5), "top"), (dict(top=-0.1), "top"), (dict(top=0.7, tail=0.7), "of 20"), (dict(top=40), "of 20"), (dict(top=float("nan")), "top"),
-                       (dict(top=0, bulk=True), "bulk"), (dict(top=0.5, bulk=0.2), "overlap"), (dict(top=0, tail=0.5, bulk=0.2), "overlap"), (dict(top=1, bulk=20), "overlap")):
+    for bad, match in (
+        (dict(top=1.5), "top"),
+        (dict(top=-0.1), "top"),
+        (dict(top=0.7, tail=0.7), "of 20"),
+        (dict(top=40), "of 20"),
+        (dict(top=float("nan")), "top"),
+        (dict(top=0, bulk=True), "bulk"),
+        (dict(top=0.5, bulk=0.2), "overlap"),
+        (dict(top=0, tail=0.5, bulk=0.2), "overlap"),
+        (dict(top=1, bulk=20), "overlap"),
+    ):
         for method in SPECTRAL:
-            with pytest.raises(ValueError, match=match): METHODS[method](*pair(20, 20), **bad)
-    with pytest.raises(ValueError, match="shape"): METHODS["anchored"](gaussian(3, 4), gaussian(4, 3))
-    with pytest.raises(ValueError, match="NaN"): METHODS["anchored"](torch.full((4, 4), torch.nan), gaussian(4, 4))
-    with pytest.raises(ValueError, match="NaN"): METHODS["anchored"](torch.full((4, 4), torch.nan), gaussian(4, 4), 0)
-    with pytest.raises(ValueError, match="two dimensions"): METHODS["uv"](gaussian(4), gaussian(4))
-    with pytest.raises(ValueError, match="floating-point"): METHODS["uv"](torch.ones(4, 4, dtype=torch.int32), torch.ones(4, 4, dtype=torch.int32))
-    with pytest.raises(ValueError, match="no thin edit"): edit_factors("interpolate", *pair(4, 4))
+            with pytest.raises(ValueError, match=match):
+                METHODS[method](*pair(20, 20), **bad)
+    with pytest.raises(ValueError, match="shape"):
+        METHODS["anchored"](gaussian(3, 4), gaussian(4, 3))
+    with pytest.raises(ValueError, match="NaN"):
+        METHODS["anchored"](torch.full((4, 4), torch.nan), gaussian(4, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        METHODS["anchored"](torch.full((4, 4), torch.nan), gaussian(4, 4), 0)
+    with pytest.raises(ValueError, match="two dimensions"):
+        METHODS["uv"](gaussian(4), gaussian(4))
+    with pytest.raises(ValueError, match="floating-point"):
+        METHODS["uv"](torch.ones(4, 4, dtype=torch.int32), torch.ones(4, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="no thin edit"):
+        edit_factors("interpolate", *pair(4, 4))
 
 
 # --- controls and certificates
 
+
 def test_controls():
-    target, donor = pair(40, 30); way = (donor - target).norm()
+    target, donor = pair(40, 30)
+    way = (donor - target).norm()
     torch.testing.assert_close(METHODS["interpolate"](target, donor, 1.0), donor)
     assert torch.equal(METHODS["interpolate"](target, donor, 0.0), target)
     size = (METHODS["uv"](target, donor, 0.2) - target).norm()
     for method in ("interpolate_to_norm", "random"):
-        torch.testing.assert_close((edit_matrix(method, target, donor, like="uv", top=0.2, seed=1) - target).norm(), size)
+        torch.testing.assert_close(
+            (edit_matrix(method, target, donor, like="uv", top=0.2, seed=1) - target).norm(), size
+        )
         torch.testing.assert_close((edit_matrix(method, target, donor, like="donor", seed=1) - target).norm(), way)
     torch.testing.assert_close(edit_matrix("interpolate_to_norm", target, donor, like="donor"), donor)
     assert not torch.equal(METHODS["random"](target, donor, 1.0, seed=0), METHODS["random"](target, donor, 1.0, seed=1))
     torch.testing.assert_close(singular_values(METHODS["sigma_only"](target, donor)), singular_values(donor))
-    assert certificate(target, METHODS["interpolate"](target, donor, 0.25), donor)["edit"] == pytest.approx(0.25 * float(way))
-    with pytest.raises(ValueError, match="like"): edit_matrix("random", target, donor, like="interpolate")
-    with pytest.raises(ValueError, match="alpha"): METHODS["interpolate"](target, donor, None)
+    assert certificate(target, METHODS["interpolate"](target, donor, 0.25), donor)["edit"] == pytest.approx(
+        0.25 * float(way)
+    )
+    with pytest.raises(ValueError, match="like"):
+        edit_matrix("random", target, donor, like="interpolate")
+    with pytest.raises(ValueError, match="alpha"):
+        METHODS["interpolate"](target, donor, None)
 
 
 def test_uv_merge_is_not_isospectral():
     target, donor = pair(40, 40, 0.5)
-    e = edit_factors("uv", target, donor, 0.2); found = certificate(target, target + e.L @ e.R, donor, edit=e)
+    e = edit_factors("uv", target, donor, 0.2)
+    found = certificate(target, target + e.L @ e.R, donor, edit=e)
     assert found["sigma_change"] > 1e-3
     t, d = factorize(target), factorize(donor)
     worst = max(float((a[:, 8:].T @ b[:, :8]).abs().max()) for a, b in ((t.U, d.U), (t.Vh.T, d.Vh.T)))
@@ -296,21 +453,30 @@ def test_uv_merge_is_not_isospectral():
 @pytest.mark.parametrize("method", [*SPECTRAL, "sigma_only"])
 def test_the_quick_certificate_bounds_the_full_one(method, dtype):
     for size in (0.02, 0.3):
-        target, donor = (x.to(dtype) for x in pair(40, 30, size)); e = edit_factors(method, target, donor, 0.2)
+        target, donor = (x.to(dtype) for x in pair(40, 30, size))
+        e = edit_factors(method, target, donor, 0.2)
         after = (target.double() + e.L @ e.R).to(dtype)
         full, quick = (certificate(target, after, donor, edit=e, certify=c) for c in ("full", "quick"))
-        assert full["sigma_change_of_norm"] <= quick["sigma_bound"] * (1 + 1e-9) and quick["sigma_bound"] == full["sigma_bound"]
+        assert (
+            full["sigma_change_of_norm"] <= quick["sigma_bound"] * (1 + 1e-9)
+            and quick["sigma_bound"] == full["sigma_bound"]
+        )
         assert quick["sigma_change"] is quick["sigma_change_of_norm"] is quick["head_angle"] is None
         assert {k: v for k, v in quick.items() if v is not None}.items() <= full.items()
         if method in ISOSPECTRAL:
-            assert full["orthogonality"] < 1e-9 and full["sigma_bound"] < {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+            assert (
+                full["orthogonality"] < 1e-9
+                and full["sigma_bound"] < {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+            )
     assert certificate(target, after, donor)["orthogonality"] is None
-    with pytest.raises(ValueError, match="certify"): certificate(target, after, donor, certify="no")
+    with pytest.raises(ValueError, match="certify"):
+        certificate(target, after, donor, certify="no")
 
 
 def test_factors_that_were_stored_in_float32():
     "A cache may round the vectors: the edit is then isospectral to that precision, and the certificate says so."
-    target, donor = (x.bfloat16() for x in pair(60, 40)); exact = factorize(target), factorize(donor)
+    target, donor = (x.bfloat16() for x in pair(60, 40))
+    exact = factorize(target), factorize(donor)
     rounded = tuple(Factors(f.U.float().double(), f.s, f.Vh.float().double()) for f in exact)
     for method in SPECTRAL:
         a, b = (edit_factors(method, target, donor, factors=f) for f in (exact, rounded))
@@ -321,6 +487,7 @@ def test_factors_that_were_stored_in_float32():
 
 # --- folders
 
+
 @pytest.mark.parametrize("method", [*METHODS, "reset"])
 def test_recover(checkpoints, tmp_path, method):
     target, donor = checkpoints
@@ -329,20 +496,35 @@ def test_recover(checkpoints, tmp_path, method):
     settings, table = recovery_record(out)
     for name in target.names:
         assert after.dtype(name) == target.dtype(name)
-        if method == "reset": assert same_bytes(after, donor if ".layers.0." in name or ".layers.1." in name else target, name)
-        elif name not in edited: assert same_bytes(after, target, name)
-        else: assert torch.equal(after.tensor(name), target.tensor(name)) == (table.set_index("matrix").changed[name] == 0)
-    assert settings["method"] == method and settings["layers"] == [0, 1] and 0 < settings["edit_norm"] and settings["changed"] == table.changed.sum() > 0
+        if method == "reset":
+            assert same_bytes(after, donor if ".layers.0." in name or ".layers.1." in name else target, name)
+        elif name not in edited:
+            assert same_bytes(after, target, name)
+        else:
+            assert torch.equal(after.tensor(name), target.tensor(name)) == (
+                table.set_index("matrix").changed[name] == 0
+            )
+    assert (
+        settings["method"] == method
+        and settings["layers"] == [0, 1]
+        and 0 < settings["edit_norm"]
+        and settings["changed"] == table.changed.sum() > 0
+    )
     assert settings["target"]["sha256"] == target.digest() and settings["donor"]["sha256"] == donor.digest()
-    if method in SPECTRAL: assert (settings["orthogonality"] < 1e-5) == (method != "uv") and table.orthogonality.notna().all()
+    if method in SPECTRAL:
+        assert (settings["orthogonality"] < 1e-5) == (method != "uv") and table.orthogonality.notna().all()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["donor", "out", "target"]
 
 
 def test_equal_norm_controls_match_each_matrix(checkpoints, tmp_path):
     target, donor = checkpoints
-    norms = [recovery_record(recover(target, donor, tmp_path / m, m, top=0.2, progress=False))[1].edit for m in ("anchored", "interpolate_to_norm", "random")]
+    norms = [
+        recovery_record(recover(target, donor, tmp_path / m, m, top=0.2, progress=False))[1].edit
+        for m in ("anchored", "interpolate_to_norm", "random")
+    ]
     tolerance = 1e-6 if target.dtype(target.names[0]) == torch.float32 else 2e-2
-    for other in norms[1:]: np.testing.assert_allclose(other, norms[0], rtol=tolerance)
+    for other in norms[1:]:
+        np.testing.assert_allclose(other, norms[0], rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -357,19 +539,28 @@ def test_equal_norm_is_equal_as_stored(dtype, method, top):
     wanted = size(edit_matrix("anchored", target, donor, top=top))
     after = edit_matrix(method, target, donor, top=top)
     assert abs(size(after) / wanted - 1) < 0.02
-    if method == "random": return
-    assert ((after.double() - target.double()) * (donor.double() - target.double()) >= 0).all()                    # every element goes its donor's way
-    if dtype == torch.bfloat16 and top == 0.2: assert abs(size(recovery.interpolate(target, donor, wanted / size(donor))) / wanted - 1) > 0.02
+    if method == "random":
+        return
+    assert (
+        (after.double() - target.double()) * (donor.double() - target.double()) >= 0
+    ).all()  # every element goes its donor's way
+    if dtype == torch.bfloat16 and top == 0.2:
+        assert abs(size(recovery.interpolate(target, donor, wanted / size(donor))) / wanted - 1) > 0.02
 
 
 def test_one_step_for_all_is_taken_by_some():
     "Every element differs by one unit: the stored norm is nothing or everything, but for the elements that cross."
-    target = torch.full((20, 20), 1.0).bfloat16(); donor = torch.full((20, 20), 1.0 + 2 ** -7).bfloat16()
+    target = torch.full((20, 20), 1.0).bfloat16()
+    donor = torch.full((20, 20), 1.0 + 2**-7).bfloat16()
     way = float((donor.double() - target.double()).norm())
     for share in (0.3, 0.5, 0.9):
         after = recovery.interpolate_to_norm(target, donor, share * way)
-        assert abs(float((after.double() - target.double()).norm()) / way - share) < 0.01 and set(after.unique().tolist()) == {1.0, 1.0 + 2 ** -7}
-    assert torch.equal(recovery.interpolate_to_norm(target, donor, 0.0), target) and torch.equal(recovery.interpolate_to_norm(target, target, 1.0), target)
+        assert abs(float((after.double() - target.double()).norm()) / way - share) < 0.01 and set(
+            after.unique().tolist()
+        ) == {1.0, 1.0 + 2**-7}
+    assert torch.equal(recovery.interpolate_to_norm(target, donor, 0.0), target) and torch.equal(
+        recovery.interpolate_to_norm(target, target, 1.0), target
+    )
 
 
 def test_the_record_says_what_norm_was_reached(tmp_path):
@@ -377,15 +568,24 @@ def test_the_record_says_what_norm_was_reached(tmp_path):
     folders = write(tmp_path / "t", changed(w, 0.005)), write(tmp_path / "d", w)
     record, rows = recovery_record(recover(*folders, tmp_path / "o", "interpolate_to_norm", progress=False))
     like, wanted = recovery_record(recover(*folders, tmp_path / "a", "anchored", progress=False))
-    np.testing.assert_allclose(rows.norm_ratio, 1, atol=0.02); np.testing.assert_allclose(rows.edit, wanted.edit, rtol=0.02)
-    assert abs(record["norm_ratio"] - 1) < 0.02 and abs(record["edit_norm"] / like["edit_norm"] - 1) < 0.02 and "norm_ratio" not in like
-    assert recovery_record(recover(*folders, tmp_path / "i", "interpolate", alpha=0.5, progress=False))[0]["restored"] == 0
+    np.testing.assert_allclose(rows.norm_ratio, 1, atol=0.02)
+    np.testing.assert_allclose(rows.edit, wanted.edit, rtol=0.02)
+    assert (
+        abs(record["norm_ratio"] - 1) < 0.02
+        and abs(record["edit_norm"] / like["edit_norm"] - 1) < 0.02
+        and "norm_ratio" not in like
+    )
+    assert (
+        recovery_record(recover(*folders, tmp_path / "i", "interpolate", alpha=0.5, progress=False))[0]["restored"] == 0
+    )
 
 
 def test_certificate_of_head_and_tail_is_of_the_worse():
     t, d = pair(60, 40)
-    after = edit_matrix("anchored", t, d, top=0.2)                           # the head is the donor's, the tail is not
-    both, head, tail = (certificate(t, after, d, **k) for k in (dict(top=0.2, tail=0.2), dict(top=0.2), dict(top=0.0, tail=0.2)))
+    after = edit_matrix("anchored", t, d, top=0.2)  # the head is the donor's, the tail is not
+    both, head, tail = (
+        certificate(t, after, d, **k) for k in (dict(top=0.2, tail=0.2), dict(top=0.2), dict(top=0.0, tail=0.2))
+    )
     assert head["head_angle"] < 1e-7 < tail["head_angle"] == both["head_angle"]
     assert both["head_angle_before"] == max(head["head_angle_before"], tail["head_angle_before"])
 
@@ -393,13 +593,16 @@ def test_certificate_of_head_and_tail_is_of_the_worse():
 def test_the_whole_way_goes_by_rows(tmp_path, monkeypatch):
     w = weights()
     target, donor = Checkpoint(write(tmp_path / "t", changed(w))), Checkpoint(write(tmp_path / "d", w))
-    truth = float(torch.cat([(target.tensor(n).double() - donor.tensor(n).double()).flatten() for n in target.names]).norm())
+    truth = float(
+        torch.cat([(target.tensor(n).double() - donor.tensor(n).double()).flatten() for n in target.names]).norm()
+    )
     seen, norm = [], torch.Tensor.norm
     monkeypatch.setattr(torch.Tensor, "norm", lambda x, *a, **k: seen.append(x.numel()) or norm(x, *a, **k))
-    for chunk in (1, 50, 10 ** 9):
-        monkeypatch.setattr(recovery, "CHUNK", chunk); seen.clear()
+    for chunk in (1, 50, 10**9):
+        monkeypatch.setattr(recovery, "CHUNK", chunk)
+        seen.clear()
         assert recovery._whole_way(target, donor) == pytest.approx(truth, rel=1e-12)
-        assert chunk == 10 ** 9 or max(seen) <= max(chunk, 40)               # never more than the chunk, or one row
+        assert chunk == 10**9 or max(seen) <= max(chunk, 40)  # never more than the chunk, or one row
     read, tensor = [], Checkpoint.tensor
     monkeypatch.setattr(Checkpoint, "tensor", lambda c, n, *a, **k: read.append(n) or tensor(c, n, *a, **k))
     known = {n: 0.0 for n in target.names[1:]}
@@ -419,22 +622,28 @@ Path("/proc/self/clear_refs").write_text("5"); start = resident("VmRSS")
 _whole_way(*pair); print(resident("VmHWM") - start)
 """
 
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux only")
 def test_an_embedding_is_no_reason_for_three_copies_in_float64(tmp_path):
-    n = 60000 * 256                                                          # 31 MB in bfloat16; three copies in float64 are 369 MB
+    n = 60000 * 256  # 31 MB in bfloat16; three copies in float64 are 369 MB
     w = {"model.layers.0.mlp.up_proj.weight": trained(8, 8).bfloat16().contiguous()}
-    pair = [write(tmp_path / x, w | {"model.embed_tokens.weight": torch.full((60000, 256), v, dtype=torch.bfloat16)}) for x, v in (("a", 1.0), ("b", 2.0))]
+    pair = [
+        write(tmp_path / x, w | {"model.embed_tokens.weight": torch.full((60000, 256), v, dtype=torch.bfloat16)})
+        for x, v in (("a", 1.0), ("b", 2.0))
+    ]
     done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, pair)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2 * 2 * n + 3 * 8 * recovery.CHUNK + (16 << 20)
 
 
 def test_embeddings_of_unequal_size_are_told_before_the_work(tmp_path):
-    w = weights(); big = w | {"model.embed_tokens.weight": torch.cat([w["model.embed_tokens.weight"]] * 2)}
+    w = weights()
+    big = w | {"model.embed_tokens.weight": torch.cat([w["model.embed_tokens.weight"]] * 2)}
     pair = write(tmp_path / "a", w), write(tmp_path / "b", big)
     for kinds in ("embed_tokens", ["embed_tokens", "up_proj"]):
-        with pytest.raises(CheckpointError, match="embed_tokens.weight"): recover(*pair, tmp_path / "o", kinds=kinds, progress=False)
+        with pytest.raises(CheckpointError, match="embed_tokens.weight"):
+            recover(*pair, tmp_path / "o", kinds=kinds, progress=False)
     assert not (tmp_path / "o").exists()
-    recover(*pair, tmp_path / "o", progress=False)                           # not named, they are left alone
+    recover(*pair, tmp_path / "o", progress=False)  # not named, they are left alone
 
 
 def test_command_line_says_what_it_did(models, tmp_path, capsys):
@@ -442,7 +651,10 @@ def test_command_line_says_what_it_did(models, tmp_path, capsys):
     run = lambda *a: sweeping.main(["recover", *a, "--cache", "none"])
     assert run(target, "--donor", donor, "--out", str(tmp_path / "l"), "--as-lora", "bfloat16", "--top", "0.1") == 0
     text, (record, rows) = capsys.readouterr().out, recovery_record(tmp_path / "l")
-    assert f"rank {rows.lora_rank.min()} to {rows.lora_rank.max()}" in text and f"error of {record['lora_error']:.1e}" in text
+    assert (
+        f"rank {rows.lora_rank.min()} to {rows.lora_rank.max()}" in text
+        and f"error of {record['lora_error']:.1e}" in text
+    )
     for given, top in (([], 1.0), (["--top", "0.2"], 0.2)):
         assert run(target, "--donor", donor, "--out", str(tmp_path / f"s{top}"), "--method", "sigma_only", *given) == 0
         assert recovery_record(tmp_path / f"s{top}")[0]["top"] == top
@@ -450,65 +662,114 @@ def test_command_line_says_what_it_did(models, tmp_path, capsys):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_noise_as_large_as_the_whole_difference(tmp_path, shards):
-    w = weights(); donor, target = write(tmp_path / "d", w, shards), write(tmp_path / "t", changed(w), shards)
-    settings, table = recovery_record(recover(target, donor, tmp_path / "out", "random", like="donor", certify="quick", progress=False))
+    w = weights()
+    donor, target = write(tmp_path / "d", w, shards), write(tmp_path / "t", changed(w), shards)
+    settings, table = recovery_record(
+        recover(target, donor, tmp_path / "out", "random", like="donor", certify="quick", progress=False)
+    )
     np.testing.assert_allclose(table.edit, table.distance, rtol=1e-6)
     again = recover(target, donor, tmp_path / "again", "random", like="donor", certify="quick", progress=False)
     other = recover(target, donor, tmp_path / "other", "random", like="donor", seed=1, certify="quick", progress=False)
     assert Checkpoint(again).digest() == Checkpoint(tmp_path / "out").digest() != Checkpoint(other).digest()
-    noise = [Checkpoint(again).matrix(m).double() - Checkpoint(target).matrix(m).double() for m in Checkpoint(again).matrices("up_proj")]
-    assert abs(float(torch.corrcoef(torch.stack([x.flatten() for x in noise]))[0, 1])) < 0.2      # 960 numbers: independent ones correlate by 0.03
+    noise = [
+        Checkpoint(again).matrix(m).double() - Checkpoint(target).matrix(m).double()
+        for m in Checkpoint(again).matrices("up_proj")
+    ]
+    assert (
+        abs(float(torch.corrcoef(torch.stack([x.flatten() for x in noise]))[0, 1])) < 0.2
+    )  # 960 numbers: independent ones correlate by 0.03
 
 
 def test_recover_nothing_is_byte_identical(tmp_path):
     for shards in (1, 3):
         w = weights(dtype=torch.bfloat16)
         donor, target = write(tmp_path / f"d{shards}", w, shards), write(tmp_path / f"t{shards}", changed(w), shards)
-        (target / "tokenizer.json").write_text("{}"); (target / "modeling_evil.py").write_text("boom"); (target / "optimizer.pt").write_bytes(b"x")
+        (target / "tokenizer.json").write_text("{}")
+        (target / "modeling_evil.py").write_text("boom")
+        (target / "optimizer.pt").write_bytes(b"x")
         for method in SPECTRAL:
             out = recover(target, donor, tmp_path / f"{method}{shards}", method, top=0.0, progress=False)
-            for f in target.glob("*.safetensors"): assert (out / f.name).read_bytes() == f.read_bytes()
-            assert (out / "tokenizer.json").exists() and not (out / "modeling_evil.py").exists() and not (out / "optimizer.pt").exists()
+            for f in target.glob("*.safetensors"):
+                assert (out / f.name).read_bytes() == f.read_bytes()
+            assert (
+                (out / "tokenizer.json").exists()
+                and not (out / "modeling_evil.py").exists()
+                and not (out / "optimizer.pt").exists()
+            )
         assert len(list(out.glob("*.safetensors"))) == shards
 
 
 def test_sharded_recovery_equals_single(tmp_path):
-    w = weights(); found = []
+    w = weights()
+    found = []
     for shards in (1, 2):
         donor, target = write(tmp_path / f"d{shards}", w, shards), write(tmp_path / f"t{shards}", changed(w), shards)
         found.append(Checkpoint(recover(target, donor, tmp_path / f"out{shards}", progress=False)))
-    for name in found[0].names: assert torch.equal(found[0].tensor(name), found[1].tensor(name))
+    for name in found[0].names:
+        assert torch.equal(found[0].tensor(name), found[1].tensor(name))
 
 
 @pytest.mark.parametrize("sigma", ["target", "donor"])
 def test_cache_and_quick_certificates_change_no_byte(checkpoints, tmp_path, sigma):
     target, donor = checkpoints
-    outs = [recover(target, donor, tmp_path / f"out{i}", tail=0.1, bulk=0.1, sigma=sigma, progress=False, **options)
-            for i, options in enumerate((dict(cache=tmp_path / "cache"), dict(cache=tmp_path / "cache", certify="quick"), dict(cache=None)))]
+    outs = [
+        recover(target, donor, tmp_path / f"out{i}", tail=0.1, bulk=0.1, sigma=sigma, progress=False, **options)
+        for i, options in enumerate(
+            (dict(cache=tmp_path / "cache"), dict(cache=tmp_path / "cache", certify="quick"), dict(cache=None))
+        )
+    ]
     a, b, c = map(Checkpoint, outs)
     assert a.digest() == b.digest() and list((tmp_path / "cache").rglob("*.safetensors"))
-    for m in a.matrices(): torch.testing.assert_close(a.matrix(m), c.matrix(m), rtol=1e-2 if a.dtype(m.name) == torch.bfloat16 else 1e-5, atol=1e-5)
+    for m in a.matrices():
+        torch.testing.assert_close(
+            a.matrix(m), c.matrix(m), rtol=1e-2 if a.dtype(m.name) == torch.bfloat16 else 1e-5, atol=1e-5
+        )
     settings, table = recovery_record(outs[1])
-    assert settings["sigma"] == sigma and settings["bulk"] == 0.1 and table.head_angle.isna().all() and table.sigma_bound.notna().all()
+    assert (
+        settings["sigma"] == sigma
+        and settings["bulk"] == 0.1
+        and table.head_angle.isna().all()
+        and table.sigma_bound.notna().all()
+    )
 
 
 def test_recovered_checkpoint_loads(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
-    for i, name in enumerate(("target", "donor")): torch.manual_seed(i); LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    for i, name in enumerate(("target", "donor")):
+        torch.manual_seed(i)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
     load = lambda f: AutoModelForCausalLM.from_pretrained(f).eval()
     x = torch.arange(12)[None]
     with torch.no_grad():
         before = load(tmp_path / "target")(x).logits
-        assert torch.equal(load(recover(tmp_path / "target", tmp_path / "donor", tmp_path / "same", top=0, progress=False))(x).logits, before)
-        assert not torch.equal(load(recover(tmp_path / "target", tmp_path / "donor", tmp_path / "other", progress=False))(x).logits, before)
+        assert torch.equal(
+            load(recover(tmp_path / "target", tmp_path / "donor", tmp_path / "same", top=0, progress=False))(x).logits,
+            before,
+        )
+        assert not torch.equal(
+            load(recover(tmp_path / "target", tmp_path / "donor", tmp_path / "other", progress=False))(x).logits, before
+        )
 
 
 @pytest.fixture
 def gpt2(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     for i, name in enumerate(("target", "donor")):
-        torch.manual_seed(i); GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=3, n_positions=32, initializer_range=0.3)).save_pretrained(tmp_path / name)
+        torch.manual_seed(i)
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=3, n_positions=32, initializer_range=0.3)
+        ).save_pretrained(tmp_path / name)
     return tmp_path / "target", tmp_path / "donor"
 
 
@@ -517,8 +778,12 @@ def test_parts_of_fused_tensors(gpt2, tmp_path):
     target, donor = map(Checkpoint, gpt2)
     after = Checkpoint(recover(target, donor, tmp_path / "out", kinds="q_proj", progress=False))
     for m in target.matrices():
-        if m.kind == "q_proj": assert torch.equal(after.matrix(m), METHODS["anchored"](target.matrix(m), donor.matrix(m))) and not torch.equal(after.matrix(m), target.matrix(m))
-        else: assert torch.equal(after.matrix(m), target.matrix(m))
+        if m.kind == "q_proj":
+            assert torch.equal(
+                after.matrix(m), METHODS["anchored"](target.matrix(m), donor.matrix(m))
+            ) and not torch.equal(after.matrix(m), target.matrix(m))
+        else:
+            assert torch.equal(after.matrix(m), target.matrix(m))
     assert len(recovery_record(after.path)[1]) == 2
 
 
@@ -527,64 +792,109 @@ def test_stacked_experts_and_eight_bits(tmp_path, method):
     def eight(seed):
         w = changed(weights(layers=2), 0.2, seed)
         for name in [n for n in w if "up_proj" in n]:
-            scale = w[name].abs().amax(1, keepdim=True) / 200; w[name] = (w[name] / scale).to(torch.float8_e4m3fn); w[f"{name}_scale"] = scale
+            scale = w[name].abs().amax(1, keepdim=True) / 200
+            w[name] = (w[name] / scale).to(torch.float8_e4m3fn)
+            w[f"{name}_scale"] = scale
         w["model.layers.0.mlp.experts.down_proj"] = torch.stack([trained(24, 16, seed + i).float() for i in range(3)])
         return w
-    a, b = write(tmp_path / "a", eight(1), hidden_size=24, num_attention_heads=3), write(tmp_path / "b", eight(2), hidden_size=24, num_attention_heads=3)
+
+    a, b = (
+        write(tmp_path / "a", eight(1), hidden_size=24, num_attention_heads=3),
+        write(tmp_path / "b", eight(2), hidden_size=24, num_attention_heads=3),
+    )
     target, donor = Checkpoint(a), Checkpoint(b)
-    out = recover(target, donor, tmp_path / "out", method, certify="quick", layers=[0], progress=False); after = Checkpoint(out)
+    out = recover(target, donor, tmp_path / "out", method, certify="quick", layers=[0], progress=False)
+    after = Checkpoint(out)
     names = [m.name for m in target.matrices()]
     assert sum("experts" in n for n in names) == 3 and sum("up_proj" in n for n in names) == 2
     for m in target.matrices():
         got = after.matrix(m)
-        if m.layer != 0: assert torch.equal(got, target.matrix(m))
-        elif method == "reset": assert torch.equal(got, donor.matrix(m))
-        else: assert torch.equal(got, target.as_stored(m, METHODS["anchored"](target.matrix(m), donor.matrix(m)))) and not torch.equal(got, target.matrix(m))
+        if m.layer != 0:
+            assert torch.equal(got, target.matrix(m))
+        elif method == "reset":
+            assert torch.equal(got, donor.matrix(m))
+        else:
+            assert torch.equal(
+                got, target.as_stored(m, METHODS["anchored"](target.matrix(m), donor.matrix(m)))
+            ) and not torch.equal(got, target.matrix(m))
 
 
 def test_an_adapter_is_a_target_and_a_donor(tmp_path):
     "A LoRA of a model is recovered towards the model: the result is a whole checkpoint, in the base's dtype."
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3))
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+        )
+    )
     base.save_pretrained(tmp_path / "base")
-    get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).save_pretrained(tmp_path / "lora")
-    target = Checkpoint(tmp_path / "lora", base=tmp_path / "base"); whole = Checkpoint(tmp_path / "base")
+    get_peft_model(
+        base, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).save_pretrained(tmp_path / "lora")
+    target = Checkpoint(tmp_path / "lora", base=tmp_path / "base")
+    whole = Checkpoint(tmp_path / "base")
     out = Checkpoint(recover(target, whole, tmp_path / "out", "interpolate", alpha=1.0, progress=False))
-    for m in out.matrices(): torch.testing.assert_close(out.matrix(m), whole.matrix(m), rtol=0, atol=1e-6)
+    for m in out.matrices():
+        torch.testing.assert_close(out.matrix(m), whole.matrix(m), rtol=0, atol=1e-6)
     back = Checkpoint(recover(whole, target, tmp_path / "back", "uv", top=1.0, sigma="donor", progress=False))
-    for m in back.matrices(): torch.testing.assert_close(back.matrix(m), target.matrix(m), rtol=0, atol=1e-5)
+    for m in back.matrices():
+        torch.testing.assert_close(back.matrix(m), target.matrix(m), rtol=0, atol=1e-5)
     reset = Checkpoint(recover(whole, target, tmp_path / "reset", "reset", progress=False))
-    for m in reset.matrices(): assert torch.equal(reset.matrix(m), target.as_stored(m, target.matrix(m)))
+    for m in reset.matrices():
+        assert torch.equal(reset.matrix(m), target.as_stored(m, target.matrix(m)))
     same = Checkpoint(recover(target, whole, tmp_path / "same", top=0, progress=False))
     assert same.digest() == Checkpoint(target.copy_to(tmp_path / "copy")).digest()
     assert recovery_record(same.path)[0]["changed"] == 0
-    with pytest.raises(CheckpointError, match="itself an adapter"): recover(target, whole, tmp_path / "x", as_lora=True, progress=False)
+    with pytest.raises(CheckpointError, match="itself an adapter"):
+        recover(target, whole, tmp_path / "x", as_lora=True, progress=False)
 
 
 def test_reset_between_eight_bits_and_others_is_refused(tmp_path):
-    name = "model.layers.0.mlp.up_proj.weight"; w = weights(layers=1)
-    a, b = write(tmp_path / "a", w | {name: w[name].to(torch.float8_e4m3fn)}, dtype="float8_e4m3fn"), write(tmp_path / "b", w)
-    with pytest.raises(CheckpointError, match="choose its scale"): recover(a, b, tmp_path / "out", "reset", progress=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    w = weights(layers=1)
+    a, b = (
+        write(tmp_path / "a", w | {name: w[name].to(torch.float8_e4m3fn)}, dtype="float8_e4m3fn"),
+        write(tmp_path / "b", w),
+    )
+    with pytest.raises(CheckpointError, match="choose its scale"):
+        recover(a, b, tmp_path / "out", "reset", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_interrupted_recovery_leaves_nothing(checkpoints, tmp_path, monkeypatch, error):
-    target, donor = checkpoints; real, calls = recovery.certificate, []
+    target, donor = checkpoints
+    real, calls = recovery.certificate, []
+
     def dies(*args, **options):
         calls.append(1)
-        if len(calls) == 5: raise error("power cut")
+        if len(calls) == 5:
+            raise error("power cut")
         return real(*args, **options)
+
     monkeypatch.setattr(recovery, "certificate", dies)
     before = (target.path / "model.safetensors").read_bytes()
     for as_lora in (False, True):
         calls.clear()
-        monkeypatch.setattr(recovery, "_modules", lambda c: ({n.removesuffix(".weight"): "Linear" for n in c.names}, "model"))
-        with pytest.raises(error): recover(target, donor, tmp_path / "out", progress=False, as_lora=as_lora)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["donor", "target"] and (target.path / "model.safetensors").read_bytes() == before
-    monkeypatch.undo(); recover(target, donor, tmp_path / "out", progress=False)
+        monkeypatch.setattr(
+            recovery, "_modules", lambda c: ({n.removesuffix(".weight"): "Linear" for n in c.names}, "model")
+        )
+        with pytest.raises(error):
+            recover(target, donor, tmp_path / "out", progress=False, as_lora=as_lora)
+        assert (
+            sorted(p.name for p in tmp_path.iterdir()) == ["donor", "target"]
+            and (target.path / "model.safetensors").read_bytes() == before
+        )
+    monkeypatch.undo()
+    recover(target, donor, tmp_path / "out", progress=False)
 
 
 def child(tmp_path, code, ready, timeout=60):
@@ -595,7 +905,9 @@ def child(tmp_path, code, ready, timeout=60):
         assert p.poll() is None, p.stderr.read().decode()[-2000:]
         assert time.monotonic() < end, "the child never got there"
         time.sleep(0.02)
-    p.send_signal(signal.SIGKILL); p.communicate(); assert p.returncode == -signal.SIGKILL
+    p.send_signal(signal.SIGKILL)
+    p.communicate()
+    assert p.returncode == -signal.SIGKILL
 
 
 def test_killed_recovery_is_no_result(folders, tmp_path):
@@ -613,163 +925,317 @@ recovery.recover({str(folders[0])!r}, {str(folders[1])!r}, 'out', progress=False
     child(tmp_path, code, (tmp_path / "ready").exists)
     left = [p for p in tmp_path.iterdir() if p.name not in ("target", "donor", "ready")]
     assert len(left) == 1 and left[0].name.startswith(".out.") and left[0].name.endswith(".partial")
-    with pytest.raises(CheckpointError, match="no recovery.json"): recovery_record(left[0])
-    with pytest.warns(UserWarning, match="was killed"): out = recover(*folders, tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match="no recovery.json"):
+        recovery_record(left[0])
+    with pytest.warns(UserWarning, match="was killed"):
+        out = recover(*folders, tmp_path / "out", progress=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error"); other = recover(*folders, tmp_path / "other", progress=False)
+        warnings.simplefilter("error")
+        other = recover(*folders, tmp_path / "other", progress=False)
     assert Checkpoint(out).digest() == Checkpoint(other).digest() and left[0].exists()
 
 
 def test_bad_requests(checkpoints, tmp_path):
-    target, donor = checkpoints; out = tmp_path / "out"
-    for error, match, options in ((ValueError, "unknown method", dict(method="magic")), (ValueError, "needs alpha", dict(method="interpolate")), (ValueError, "top", dict(top=2.0)),
-                                  (ValueError, "ranks", dict(top=9)), (ValueError, "layers", dict(layers="0-7")), (ValueError, "layers", dict(layers="9", method="reset")),
-                                  (CheckpointError, "no matrix of kind", dict(kinds="query")), (ValueError, "like", dict(method="random", like="random")),
-                                  (ValueError, "overlap", dict(bulk=0.9)), (ValueError, "sigma", dict(sigma="mine")), (ValueError, "takes no sigma", dict(sigma="donor", method="direct")),
-                                  (ValueError, "certify", dict(certify="maybe")), (ValueError, "rank belongs", dict(rank=3)), (CheckpointError, "no tensor of the kinds", dict(method="reset", kinds="query"))):
-        with pytest.raises(error, match=match): recover(target, donor, out, progress=False, **options)
+    target, donor = checkpoints
+    out = tmp_path / "out"
+    for error, match, options in (
+        (ValueError, "unknown method", dict(method="magic")),
+        (ValueError, "needs alpha", dict(method="interpolate")),
+        (ValueError, "top", dict(top=2.0)),
+        (ValueError, "ranks", dict(top=9)),
+        (ValueError, "layers", dict(layers="0-7")),
+        (ValueError, "layers", dict(layers="9", method="reset")),
+        (CheckpointError, "no matrix of kind", dict(kinds="query")),
+        (ValueError, "like", dict(method="random", like="random")),
+        (ValueError, "overlap", dict(bulk=0.9)),
+        (ValueError, "sigma", dict(sigma="mine")),
+        (ValueError, "takes no sigma", dict(sigma="donor", method="direct")),
+        (ValueError, "certify", dict(certify="maybe")),
+        (ValueError, "rank belongs", dict(rank=3)),
+        (CheckpointError, "no tensor of the kinds", dict(method="reset", kinds="query")),
+    ):
+        with pytest.raises(error, match=match):
+            recover(target, donor, out, progress=False, **options)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["donor", "target"]
     out.mkdir()
-    with pytest.raises(CheckpointError, match="exists already"): recover(target, donor, out)
-    with pytest.raises(CheckpointError, match="no recovery.json"): recovery_record(out)
+    with pytest.raises(CheckpointError, match="exists already"):
+        recover(target, donor, out)
+    with pytest.raises(CheckpointError, match="no recovery.json"):
+        recovery_record(out)
 
 
 def test_overflow_is_refused(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
-    big = torch.full((8, 8), 60000.0, dtype=torch.float16); other = big.clone(); other[0] = -60000.0
+    big = torch.full((8, 8), 60000.0, dtype=torch.float16)
+    other = big.clone()
+    other[0] = -60000.0
     a, b = write(tmp_path / "a", {name: big}), write(tmp_path / "b", {name: other})
-    with pytest.raises(CheckpointError, match=f"{name}: the edit overflows"): recover(a, b, tmp_path / "out", "interpolate", alpha=-1.0, progress=False)
+    with pytest.raises(CheckpointError, match=f"{name}: the edit overflows"):
+        recover(a, b, tmp_path / "out", "interpolate", alpha=-1.0, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_new_method_is_one_function_and_one_entry(checkpoints, tmp_path, monkeypatch):
     target, donor = checkpoints
-    monkeypatch.setitem(METHODS, "halfway", lambda target, donor, top: ((target.double() + donor.double()) / 2).to(target.dtype))
+    monkeypatch.setitem(
+        METHODS, "halfway", lambda target, donor, top: ((target.double() + donor.double()) / 2).to(target.dtype)
+    )
     settings, _ = recovery_record(recover(target, donor, tmp_path / "out", "halfway", progress=False))
     assert settings["edit_norm"] == pytest.approx(0.5, rel=0.02)
-    monkeypatch.setitem(METHODS, "uv", lambda target, donor: donor.to(target.dtype))     # one that takes the place of ours
-    assert recovery_record(recover(target, donor, tmp_path / "own", "uv", progress=False))[0]["edit_norm"] == pytest.approx(1.0, rel=1e-3)
+    monkeypatch.setitem(METHODS, "uv", lambda target, donor: donor.to(target.dtype))  # one that takes the place of ours
+    assert recovery_record(recover(target, donor, tmp_path / "own", "uv", progress=False))[0][
+        "edit_norm"
+    ] == pytest.approx(1.0, rel=1e-3)
     monkeypatch.setitem(METHODS, "wrong", lambda target, donor: donor[:3])
-    with pytest.raises(CheckpointError, match="changed the shape"): recover(target, donor, tmp_path / "x", "wrong", progress=False)
+    with pytest.raises(CheckpointError, match="changed the shape"):
+        recover(target, donor, tmp_path / "x", "wrong", progress=False)
 
 
 def test_files_keep_their_header(tmp_path):
-    w = weights(); donor, target = write(tmp_path / "d", w), write(tmp_path / "t", changed(w))
+    w = weights()
+    donor, target = write(tmp_path / "d", w), write(tmp_path / "t", changed(w))
     out = recover(target, donor, tmp_path / "o", progress=False)
     assert set(load_file(out / "model.safetensors")) == set(w)
     assert (out / "model.safetensors").stat().st_size == (target / "model.safetensors").stat().st_size
 
 
 def test_plot_recovery_takes_the_table():
-    import matplotlib; matplotlib.use("Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [dict(method=m, top=top, tail=tail, layers=layers, edit_norm=0.1 + top, rule=rule, success=0.2, seed=seed, recovered=r)
-            for m, top, tail, layers, r in (("uv", 0.05, 0.0, None, -1.3), ("uv", 0.2, 0.0, None, 0.4), ("anchored", 0.2, 0.0, None, 0.5), ("anchored", 0.0, 0.2, None, 0.1),
-                                            ("reset", 0.3, 0.0, "first 25%", 0.3), ("mine", 0.2, 0.0, None, 0.3)) for rule in ("ID", "OOD") for seed in (0, 1)]
+
+    rows = [
+        dict(
+            method=m,
+            top=top,
+            tail=tail,
+            layers=layers,
+            edit_norm=0.1 + top,
+            rule=rule,
+            success=0.2,
+            seed=seed,
+            recovered=r,
+        )
+        for m, top, tail, layers, r in (
+            ("uv", 0.05, 0.0, None, -1.3),
+            ("uv", 0.2, 0.0, None, 0.4),
+            ("anchored", 0.2, 0.0, None, 0.5),
+            ("anchored", 0.0, 0.2, None, 0.1),
+            ("reset", 0.3, 0.0, "first 25%", 0.3),
+            ("mine", 0.2, 0.0, None, 0.3),
+        )
+        for rule in ("ID", "OOD")
+        for seed in (0, 1)
+    ]
     table = pd.DataFrame(rows)
-    for draw in (lambda: plot_recovery(table), lambda: plot_recovery(table, x="top"), lambda: plot_recovery(table, y="success", rule="ID")):
-        axes = draw(); assert axes.get_xlabel() and axes.get_ylabel() and axes.lines; axes.figure.canvas.draw(); plt.close(axes.figure)
-    with pytest.raises(ValueError, match="no rows"): plot_recovery(table, rule="VQA")
+    for draw in (
+        lambda: plot_recovery(table),
+        lambda: plot_recovery(table, x="top"),
+        lambda: plot_recovery(table, y="success", rule="ID"),
+    ):
+        axes = draw()
+        assert axes.get_xlabel() and axes.get_ylabel() and axes.lines
+        axes.figure.canvas.draw()
+        plt.close(axes.figure)
+    with pytest.raises(ValueError, match="no rows"):
+        plot_recovery(table, rule="VQA")
 
 
 # --- adapters
 
+
 def logits(model, x):
-    with torch.no_grad(): return model.eval()(x).logits
+    with torch.no_grad():
+        return model.eval()(x).logits
 
 
 @pytest.fixture(params=["llama", "gpt2"])
 def models(request, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-    make = {"llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-                                                          initializer_range=0.2)),
-            "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=3, n_positions=32, initializer_range=0.2))}[request.param]
-    for i, name in enumerate(("target", "donor")): torch.manual_seed(i); make().save_pretrained(tmp_path / name)
+
+    make = {
+        "llama": lambda: LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=50,
+                hidden_size=24,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                num_key_value_heads=1,
+                initializer_range=0.2,
+            )
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=3, n_positions=32, initializer_range=0.2)
+        ),
+    }[request.param]
+    for i, name in enumerate(("target", "donor")):
+        torch.manual_seed(i)
+        make().save_pretrained(tmp_path / name)
     return tmp_path / "target", tmp_path / "donor"
 
 
-@pytest.mark.parametrize("method,options", [("anchored", {}), ("uv", {}), ("uv", dict(tail=0.1, layers=[1])), ("interpolate", dict(alpha=0.3)), ("direct", dict(kinds=["q_proj", "v_proj"]))])
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("anchored", {}),
+        ("uv", {}),
+        ("uv", dict(tail=0.1, layers=[1])),
+        ("interpolate", dict(alpha=0.3)),
+        ("direct", dict(kinds=["q_proj", "v_proj"])),
+    ],
+)
 def test_lora_round_trip(models, tmp_path, method, options):
     "peft on the target, our own reader, and the recovered checkpoint say the same."
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     adapter = recover(*models, tmp_path / "adapter", method, top=0.1, as_lora=True, progress=False, **options)
     whole = recover(*models, tmp_path / "whole", method, top=0.1, progress=False, **options)
     settings, table = recovery_record(adapter)
     assert {p.name for p in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "recovery.json"}
     assert 0 <= settings["lora_error"] <= settings["lora_error_max"] < 1e-6
-    if method == "uv" and not options: assert (table.lora_rank == 2 * table.restored).all()
-    if method == "anchored": assert (table.lora_rank <= 3 * table.restored).all()
+    if method == "uv" and not options:
+        assert (table.lora_rank == 2 * table.restored).all()
+    if method == "anchored":
+        assert (table.lora_rank <= 3 * table.restored).all()
     x = torch.arange(16)[None]
     plain, expected = (logits(AutoModelForCausalLM.from_pretrained(f), x) for f in (models[0], whole))
     model = AutoModelForCausalLM.from_pretrained(models[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning); loaded = PeftModel.from_pretrained(model, adapter)    # a missing or misplaced key is a warning in peft
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(model, adapter)  # a missing or misplaced key is a warning in peft
     config = loaded.peft_config["default"]
     assert config.rank_pattern == config.alpha_pattern and config.base_model_name_or_path == str(models[0].resolve())
     assert all(s == 1.0 for layer in loaded.modules() if hasattr(layer, "lora_A") for s in layer.scaling.values())
     assert float((expected - plain).abs().max()) > 100 * float((logits(loaded, x) - expected).abs().max())
     torch.testing.assert_close(logits(loaded, x), expected, rtol=1e-4, atol=1e-4)
     read, target = Checkpoint(adapter), Checkpoint(whole)
-    for m in target.matrices(): torch.testing.assert_close(read.matrix(m), target.matrix(m), rtol=0, atol=2e-6)
+    for m in target.matrices():
+        torch.testing.assert_close(read.matrix(m), target.matrix(m), rtol=0, atol=2e-6)
     back = recover(read, models[1], tmp_path / "back", top=0, progress=False)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(back), x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_rank_and_dtype_cost_what_the_record_says(models, tmp_path):
-    full, cut, coarse = (recover(*models, tmp_path / n, top=0.2, as_lora=d, rank=r, certify="quick", progress=False) for n, d, r in (("a", True, None), ("b", "float32", 3), ("c", "bfloat16", None)))
+    full, cut, coarse = (
+        recover(*models, tmp_path / n, top=0.2, as_lora=d, rank=r, certify="quick", progress=False)
+        for n, d, r in (("a", True, None), ("b", "float32", 3), ("c", "bfloat16", None))
+    )
     (a, ta), (b, tb), (c, tc) = map(recovery_record, (full, cut, coarse))
-    assert tb.lora_rank.max() == 3 < ta.lora_rank.min() and a["lora_error"] < 1e-6 < 1e-4 < c["lora_error"] < 2 ** -6 and b["lora_error"] > 0.01
-    target, donor = map(Checkpoint, models); m = target.matrices()[0]
+    assert (
+        tb.lora_rank.max() == 3 < ta.lora_rank.min()
+        and a["lora_error"] < 1e-6 < 1e-4 < c["lora_error"] < 2**-6
+        and b["lora_error"] > 0.01
+    )
+    target, donor = map(Checkpoint, models)
+    m = target.matrices()[0]
     L, R, _ = edit_factors("anchored", target.matrix(m), donor.matrix(m), 0.2)
     s = torch.linalg.svdvals(L @ R)
     assert tb.set_index("matrix").lora_error[m.name] == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-5)
-    assert load_file(coarse / "adapter_model.safetensors").popitem()[1].dtype == torch.bfloat16 and c["as_lora"] == "bfloat16"
+    assert (
+        load_file(coarse / "adapter_model.safetensors").popitem()[1].dtype == torch.bfloat16
+        and c["as_lora"] == "bfloat16"
+    )
 
 
 def test_lora_of_a_bfloat16_model(models, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     for f in models:
-        model = AutoModelForCausalLM.from_pretrained(f).bfloat16(); model.save_pretrained(f)
-    adapter, whole = (recover(*models, tmp_path / n, top=0.1, as_lora=l, progress=False) for n, l in (("adapter", True), ("whole", False)))
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32), adapter).merge_and_unload().state_dict()
+        model = AutoModelForCausalLM.from_pretrained(f).bfloat16()
+        model.save_pretrained(f)
+    adapter, whole = (
+        recover(*models, tmp_path / n, top=0.1, as_lora=l, progress=False)
+        for n, l in (("adapter", True), ("whole", False))
+    )
+    merged = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32), adapter)
+        .merge_and_unload()
+        .state_dict()
+    )
     target, certified = Checkpoint(whole), recovery_record(adapter)[1].set_index("matrix")
     for m in target.matrices():
-        if m.view is None: torch.testing.assert_close((merged[m.tensor].T if m.transposed else merged[m.tensor]).bfloat16().float(), target.matrix(m).float(), rtol=2 ** -7, atol=1e-6)
-        assert certified.changed[m.name] == pytest.approx(int((Checkpoint(models[0]).matrix(m) != target.matrix(m)).sum()), abs=3)
+        if m.view is None:
+            torch.testing.assert_close(
+                (merged[m.tensor].T if m.transposed else merged[m.tensor]).bfloat16().float(),
+                target.matrix(m).float(),
+                rtol=2**-7,
+                atol=1e-6,
+            )
+        assert certified.changed[m.name] == pytest.approx(
+            int((Checkpoint(models[0]).matrix(m) != target.matrix(m)).sum()), abs=3
+        )
 
 
 def test_lora_factors_are_balanced_and_of_the_edits_rank():
-    L, R = gaussian(30, 8), gaussian(8, 20, seed=1); L = torch.cat([L, L[:, :3]], 1); R = torch.cat([R, R[:3]])     # 11 columns, rank 8
+    L, R = gaussian(30, 8), gaussian(8, 20, seed=1)
+    L = torch.cat([L, L[:, :3]], 1)
+    R = torch.cat([R, R[:3]])  # 11 columns, rank 8
     B, A = lora_factors(L, R, dtype=torch.float64)
     assert B.shape == (30, 8) and A.shape == (8, 20)
-    torch.testing.assert_close(B @ A, L @ R); torch.testing.assert_close(B.T @ B, A @ A.T, rtol=0, atol=1e-9)
+    torch.testing.assert_close(B @ A, L @ R)
+    torch.testing.assert_close(B.T @ B, A @ A.T, rtol=0, atol=1e-9)
     assert lora_factors(L[:, :0], R[:0])[0].shape == (30, 0) and lora_factors(0 * L, R)[0].shape == (30, 0)
-    wide = lora_factors(gaussian(5, 40), gaussian(40, 7)); assert wide[0].shape == (5, 5)
+    wide = lora_factors(gaussian(5, 40), gaussian(40, 7))
+    assert wide[0].shape == (5, 5)
 
 
 def test_what_lora_refuses(models, tmp_path):
     names = sorted(p.name for p in tmp_path.iterdir())
     embedding = "wte" if "transformer" in Checkpoint(models[0]).names[0] else "embed_tokens"
-    for error, match, options in ((ValueError, "norms and biases", dict(method="reset")), (ValueError, "changes nothing", dict(top=0)), (ValueError, "rank = 0", dict(rank=0)),
-                                  (ValueError, "rank = True", dict(rank=True)), (ValueError, "expected True", dict(as_lora="int8")),
-                                  (CheckpointError, "class Embedding", dict(kinds=embedding))):
-        with pytest.raises(error, match=match): recover(*models, tmp_path / "out", **dict(as_lora=True, progress=False) | options)
+    for error, match, options in (
+        (ValueError, "norms and biases", dict(method="reset")),
+        (ValueError, "changes nothing", dict(top=0)),
+        (ValueError, "rank = 0", dict(rank=0)),
+        (ValueError, "rank = True", dict(rank=True)),
+        (ValueError, "expected True", dict(as_lora="int8")),
+        (CheckpointError, "class Embedding", dict(kinds=embedding)),
+    ):
+        with pytest.raises(error, match=match):
+            recover(*models, tmp_path / "out", **dict(as_lora=True, progress=False) | options)
         assert sorted(p.name for p in tmp_path.iterdir()) == names
     config = json.loads((models[0] / "config.json").read_text())
-    for architectures, match in ((["NoSuchModel"], "knows"), (None, "knows"), (["os"], "knows"), (["AutoConfig"], "knows")):
+    for architectures, match in (
+        (["NoSuchModel"], "knows"),
+        (None, "knows"),
+        (["os"], "knows"),
+        (["AutoConfig"], "knows"),
+    ):
         (models[0] / "config.json").write_text(json.dumps(config | dict(architectures=architectures)))
-        with pytest.raises(CheckpointError, match=match): recover(*models, tmp_path / "out", as_lora=True, progress=False)
+        with pytest.raises(CheckpointError, match=match):
+            recover(*models, tmp_path / "out", as_lora=True, progress=False)
 
 
 def test_lora_of_experts_is_refused_by_name(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
+
     for i, name in enumerate(("a", "b")):
         torch.manual_seed(i)
-        MixtralForCausalLM(MixtralConfig(vocab_size=40, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=3, num_local_experts=2)).save_pretrained(tmp_path / name)
-    with pytest.raises(CheckpointError, match="experts.*kinds="): recover(tmp_path / "a", tmp_path / "b", tmp_path / "out", as_lora=True, progress=False)
-    adapter = recover(tmp_path / "a", tmp_path / "b", tmp_path / "out", kinds=["q_proj", "o_proj"], as_lora=True, certify="quick", progress=False)
+        MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=40,
+                hidden_size=24,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=3,
+                num_key_value_heads=3,
+                num_local_experts=2,
+            )
+        ).save_pretrained(tmp_path / name)
+    with pytest.raises(CheckpointError, match="experts.*kinds="):
+        recover(tmp_path / "a", tmp_path / "b", tmp_path / "out", as_lora=True, progress=False)
+    adapter = recover(
+        tmp_path / "a",
+        tmp_path / "b",
+        tmp_path / "out",
+        kinds=["q_proj", "o_proj"],
+        as_lora=True,
+        certify="quick",
+        progress=False,
+    )
     assert len(recovery_record(adapter)[1]) == 2
 
 
@@ -777,24 +1243,38 @@ def test_lora_of_names_without_the_prefix(gpt2, tmp_path):
     "GPT-2's own checkpoints leave out 'transformer.'; the adapter has to name the module all the same."
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     for f in gpt2:
-        w = load_file(f / "model.safetensors"); save_file({k.removeprefix("transformer."): v for k, v in w.items()}, f / "model.safetensors", metadata={"format": "pt"})
-    adapter, whole = (recover(*gpt2, tmp_path / n, top=0.2, as_lora=l, certify="quick", progress=False) for n, l in (("adapter", True), ("whole", False)))
+        w = load_file(f / "model.safetensors")
+        save_file(
+            {k.removeprefix("transformer."): v for k, v in w.items()},
+            f / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+    adapter, whole = (
+        recover(*gpt2, tmp_path / n, top=0.2, as_lora=l, certify="quick", progress=False)
+        for n, l in (("adapter", True), ("whole", False))
+    )
     assert all("model.transformer.h." in k for k in load_file(adapter / "adapter_model.safetensors"))
     x = torch.arange(12)[None]
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2[0]), adapter)
-    torch.testing.assert_close(logits(loaded, x), logits(AutoModelForCausalLM.from_pretrained(whole), x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(loaded, x), logits(AutoModelForCausalLM.from_pretrained(whole), x), rtol=1e-4, atol=1e-4
+    )
 
 
 # --- sweeps
+
 
 @pytest.mark.parametrize("method", [*SPECTRAL, "sigma_only"])
 @pytest.mark.parametrize("band", ["head", "tail", "both", "bulk"])
 @pytest.mark.parametrize("m,n", [(40, 40), (60, 31), (31, 60)])
 def test_sweep_equals_one_by_one(method, band, m, n):
-    target, donor = pair(m, n); f = factorize(target), factorize(donor)
+    target, donor = pair(m, n)
+    f = factorize(target), factorize(donor)
     for ks in ([0, 1, 4, 9], [0.3, 0.05, 0.5, 0.3]):
-        if band == "both": ks = ks[:3] if isinstance(ks[0], int) else [0.05, 0.3]
+        if band == "both":
+            ks = ks[:3] if isinstance(ks[0], int) else [0.05, 0.3]
         found = list(sweep_matrix(target, donor, ks, method, f, band))
         assert [k for k, _ in found] == sorted(set(ks))
         for k, W in found:
@@ -812,7 +1292,8 @@ def test_sweep_in_stored_dtypes(method, dtype, flips):
         for k, W in sweep_matrix(target, donor, [0, 0.05, 0.2, 0.5], method):
             one = METHODS[method](target, donor, k)
             assert W.dtype == dtype
-            if k == 0: assert torch.equal(W, target)
+            if k == 0:
+                assert torch.equal(W, target)
             assert float((W != one).float().mean()) < flips
             assert float((W.double() - one.double()).abs().max()) <= torch.finfo(dtype).eps * float(one.abs().max())
 
@@ -820,16 +1301,20 @@ def test_sweep_in_stored_dtypes(method, dtype, flips):
 @pytest.mark.parametrize("method", ["anchored", "symmetric"])
 def test_sweep_where_directions_coincide(method):
     "Small sines take the exact route, and the sweep says the same as the single edit."
-    order = torch.arange(30); order[[4, 5]] = order[[5, 4]]
+    order = torch.arange(30)
+    order[[4, 5]] = order[[5, 4]]
     for nearly in (0.0, 1e-4, 1e-2):
-        t, d = swapped(40, 30, order, nearly); target, donor = product(t), product(d)
-        for k, W in sweep_matrix(target, donor, [3, 5, 8], method, (t, d)): torch.testing.assert_close(W, METHODS[method](target, donor, k, factors=(t, d)), rtol=0, atol=1e-10)
+        t, d = swapped(40, 30, order, nearly)
+        target, donor = product(t), product(d)
+        for k, W in sweep_matrix(target, donor, [3, 5, 8], method, (t, d)):
+            torch.testing.assert_close(W, METHODS[method](target, donor, k, factors=(t, d)), rtol=0, atol=1e-10)
 
 
 def test_sweep_with_the_donors_sigma():
     target, donor = pair(40, 30)
     for method in ("uv", "anchored", "symmetric"):
-        for k, W in sweep_matrix(target, donor, [2, 7, 30], method, sigma="donor"): torch.testing.assert_close(W, METHODS[method](target, donor, k, sigma="donor"), rtol=0, atol=1e-10)
+        for k, W in sweep_matrix(target, donor, [2, 7, 30], method, sigma="donor"):
+            torch.testing.assert_close(W, METHODS[method](target, donor, k, sigma="donor"), rtol=0, atol=1e-10)
         torch.testing.assert_close(W, donor, rtol=0, atol=1e-10)
 
 
@@ -844,65 +1329,116 @@ def test_sweep_decomposes_once(folders, monkeypatch):
 
 @pytest.mark.parametrize("method", ["uv", "anchored"])
 def test_sweep_of_a_checkpoint(checkpoints, tmp_path, method):
-    target, donor = checkpoints; ks, seen = (0.2, 0.0, 0.5), []
+    target, donor = checkpoints
+    ks, seen = (0.2, 0.0, 0.5), []
     score = lambda folder: seen.append(Checkpoint(folder).digest()) or len(seen)
-    table, rows = sweep(target, donor, ks, method, score=score, out=tmp_path / "out", certify="full", matrices=True, progress=False)
+    table, rows = sweep(
+        target, donor, ks, method, score=score, out=tmp_path / "out", certify="full", matrices=True, progress=False
+    )
     assert table.k.tolist() == [0.0, 0.2, 0.5] and table.score.tolist() == [1, 2, 3] and len(rows) == 36
     exact = target.dtype("model.norm.weight") == torch.float32
     for i, k in enumerate(table.k):
-        kept, one = Checkpoint(tmp_path / "out" / f"head-{k}"), recover(target, donor, tmp_path / f"one{k}", method, top=k, progress=False)
-        settings, certified = recovery_record(one); other = recovery_record(kept.path)[0]
-        assert kept.digest() == seen[i] and settings["top"] == other["top"] == k and settings["restored"] == other["restored"] == table.restored[i]
+        kept, one = (
+            Checkpoint(tmp_path / "out" / f"head-{k}"),
+            recover(target, donor, tmp_path / f"one{k}", method, top=k, progress=False),
+        )
+        settings, certified = recovery_record(one)
+        other = recovery_record(kept.path)[0]
+        assert (
+            kept.digest() == seen[i]
+            and settings["top"] == other["top"] == k
+            and settings["restored"] == other["restored"] == table.restored[i]
+        )
         for m in kept.matrices():
             a, b = kept.matrix(m).double(), Checkpoint(one).matrix(m).double()
-            assert float((a - b).abs().max()) <= torch.finfo(target.dtype(m.name)).eps * float(b.abs().max()) and float((a != b).double().mean()) < (0.002 if exact else 0.02)
-        for column in ("edit_norm", "edit_norm_all", "changed"): assert table[column][i] == pytest.approx(settings[column], rel=1e-3)
+            assert float((a - b).abs().max()) <= torch.finfo(target.dtype(m.name)).eps * float(b.abs().max()) and float(
+                (a != b).double().mean()
+            ) < (0.002 if exact else 0.02)
+        for column in ("edit_norm", "edit_norm_all", "changed"):
+            assert table[column][i] == pytest.approx(settings[column], rel=1e-3)
         assert table.sigma_change_of_norm[i] == pytest.approx(certified.sigma_change_of_norm.max(), rel=1e-2, abs=1e-6)
-    assert (table.energy_change.max() > 1e-3) == (method == "uv") and (table.loc[0, ["edit_norm", "changed", "energy_change"]] == 0).all()
+    assert (table.energy_change.max() > 1e-3) == (method == "uv") and (
+        table.loc[0, ["edit_norm", "changed", "energy_change"]] == 0
+    ).all()
     assert pd.read_csv(tmp_path / "out" / "sweep.csv").k.tolist() == table.k.tolist()
     names = sorted(p.name for p in tmp_path.iterdir())
     quick = sweep(target, donor, ks, method, score=score, progress=False)
-    assert len(seen) == 6 and seen[:3] == seen[3:] and quick.edit_norm.tolist() == table.edit_norm.tolist() and sorted(p.name for p in tmp_path.iterdir()) == names
+    assert (
+        len(seen) == 6
+        and seen[:3] == seen[3:]
+        and quick.edit_norm.tolist() == table.edit_norm.tolist()
+        and sorted(p.name for p in tmp_path.iterdir()) == names
+    )
 
 
 def test_what_a_sweep_refuses(folders, tmp_path, monkeypatch):
     names = sorted(p.name for p in tmp_path.iterdir())
-    for error, match, options in ((ValueError, "cannot be swept", dict(method="random")), (ValueError, "band", dict(band="middle")), (ValueError, "empty", dict(ks=())), (ValueError, "not both", dict(ks=(0.1, 3))),
-                                  (ValueError, "top", dict(ks=(1.5,))), (ValueError, "of 8", dict(ks=(9,))), (ValueError, "takes no sigma", dict(method="direct", sigma="donor")),
-                                  (ValueError, "finite number", dict(score=lambda f: "good", out=tmp_path / "out", ks=(0.1,))), (ValueError, "finite number", dict(score=lambda f: float("nan"), ks=(0.1,))),
-                                  (CheckpointError, "exists already", dict(out=folders[0]))):
-        with pytest.raises(error, match=match): sweep(*folders, progress=False, **options)
+    for error, match, options in (
+        (ValueError, "cannot be swept", dict(method="random")),
+        (ValueError, "band", dict(band="middle")),
+        (ValueError, "empty", dict(ks=())),
+        (ValueError, "not both", dict(ks=(0.1, 3))),
+        (ValueError, "top", dict(ks=(1.5,))),
+        (ValueError, "of 8", dict(ks=(9,))),
+        (ValueError, "takes no sigma", dict(method="direct", sigma="donor")),
+        (ValueError, "finite number", dict(score=lambda f: "good", out=tmp_path / "out", ks=(0.1,))),
+        (ValueError, "finite number", dict(score=lambda f: float("nan"), ks=(0.1,))),
+        (CheckpointError, "exists already", dict(out=folders[0])),
+    ):
+        with pytest.raises(error, match=match):
+            sweep(*folders, progress=False, **options)
         assert sorted(p.name for p in tmp_path.iterdir()) == names
     monkeypatch.setattr(sweeping.shutil, "disk_usage", lambda p: type("Usage", (), dict(free=1000))())
-    with pytest.raises(CheckpointError, match="GB free"): sweep(*folders, out=tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match="GB free"):
+        sweep(*folders, out=tmp_path / "out", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 # --- search
 
+
 class Needs:
     "A score in [0, 1]: how much of the way to the donor the needed matrices have gone, by inner product with the donor's leading directions; counts its calls."
+
     def __init__(self, target, donor, layers, kinds, share=0.2):
         self.donor, self.calls = Checkpoint(donor), []
         self.needed = [m for m in self.donor.matrices() if m.layer in layers and m.kind in kinds]
-        self.heads = {m.name: (f := factorize(self.donor.matrix(m)), max(1, int(len(f.s) * share + 0.5))) for m in self.needed}
-        start = Checkpoint(target); self.before = {m.name: self.angle(start, m) for m in self.needed}
+        self.heads = {
+            m.name: (f := factorize(self.donor.matrix(m)), max(1, int(len(f.s) * share + 0.5))) for m in self.needed
+        }
+        start = Checkpoint(target)
+        self.before = {m.name: self.angle(start, m) for m in self.needed}
 
     def angle(self, c, m):
-        d, k = self.heads[m.name]; return float(principal_angles(factorize(c.matrix(m)).U[:, :k], d.U[:, :k]).max())
+        d, k = self.heads[m.name]
+        return float(principal_angles(factorize(c.matrix(m)).U[:, :k], d.U[:, :k]).max())
 
     def __call__(self, folder):
-        self.calls.append(str(folder)); c = Checkpoint(folder)
+        self.calls.append(str(folder))
+        c = Checkpoint(folder)
         return float(np.mean([1 - self.angle(c, m) / self.before[m.name] for m in self.needed]))
 
 
 def test_search_finds_what_is_needed(folders, tmp_path):
     score = Needs(*folders, layers=[1], kinds=["up_proj", "q_proj"])
     found = search(*folders, score, 0.999, tmp_path / "out", budget=80, progress=False, steps=20)
-    assert found.reached and found.settings["layers"] == [1] and sorted(found.settings["kinds"]) == ["q_proj", "up_proj"]
-    assert found.settings["tail"] == 0.0 and found.settings["top"] == pytest.approx(0.2, abs=0.03) and "budget" not in found.message
-    assert score(found.folder) == found.score >= 0.999 and found.restored == recovery_record(found.folder)[0]["restored"] == found.history[found.history.reached].restored.min()
-    assert len(score.calls) - 1 == len(found.history) <= 80 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best", "search.jsonl"]
+    assert (
+        found.reached and found.settings["layers"] == [1] and sorted(found.settings["kinds"]) == ["q_proj", "up_proj"]
+    )
+    assert (
+        found.settings["tail"] == 0.0
+        and found.settings["top"] == pytest.approx(0.2, abs=0.03)
+        and "budget" not in found.message
+    )
+    assert (
+        score(found.folder) == found.score >= 0.999
+        and found.restored
+        == recovery_record(found.folder)[0]["restored"]
+        == found.history[found.history.reached].restored.min()
+    )
+    assert len(score.calls) - 1 == len(found.history) <= 80 and sorted(
+        p.name for p in (tmp_path / "out").iterdir()
+    ) == ["best", "search.jsonl"]
     again = recover(*folders, tmp_path / "again", **found.settings, progress=False)
     torch.testing.assert_close(torch.tensor(score(again)), torch.tensor(found.score), rtol=1e-4, atol=0)
 
@@ -911,7 +1447,9 @@ def test_search_keeps_to_its_budget_and_says_so(folders, tmp_path):
     score = Needs(*folders, layers=[0, 2], kinds=["up_proj", "down_proj"])
     for budget in (2, 5, 9):
         found = search(*folders, score, 0.999, tmp_path / f"out{budget}", budget=budget, name="needs", progress=False)
-        assert len(score.calls) == budget == len(found.history) and found.reached and "budget was used up" in found.message
+        assert (
+            len(score.calls) == budget == len(found.history) and found.reached and "budget was used up" in found.message
+        )
         score.calls.clear()
     more = search(*folders, score, 0.999, tmp_path / "out9", budget=14, name="needs", progress=False)
     assert len(score.calls) == 5 and len(more.history) == 14 and more.restored <= found.restored
@@ -920,8 +1458,17 @@ def test_search_keeps_to_its_budget_and_says_so(folders, tmp_path):
 def test_search_that_cannot_reach_its_goal(folders, tmp_path):
     score = Needs(*folders, layers=[1], kinds=["up_proj"])
     found = search(*folders, score, 2.0, tmp_path / "out", budget=30, steps=8, progress=False)
-    assert not found.reached and "was not reached, and not by restoring everything" in found.message and found.score == found.history.score.max()
-    assert Checkpoint(found.folder).digest() == json.loads((tmp_path / "out" / "search.jsonl").read_text().splitlines()[int(found.history.score.argmax())])["sha256"]
+    assert (
+        not found.reached
+        and "was not reached, and not by restoring everything" in found.message
+        and found.score == found.history.score.max()
+    )
+    assert (
+        Checkpoint(found.folder).digest()
+        == json.loads((tmp_path / "out" / "search.jsonl").read_text().splitlines()[int(found.history.score.argmax())])[
+            "sha256"
+        ]
+    )
 
 
 def test_search_with_nothing_to_do(folders, tmp_path):
@@ -932,8 +1479,11 @@ def test_search_with_nothing_to_do(folders, tmp_path):
 
 def test_search_does_not_trust_monotony(folders, tmp_path):
     "The full restoration fails here, and some smaller ones do not."
+
     def score(folder):
-        share = recovery_record(folder)[0]["edit_norm"]; return 1.0 if 0.2 < share < 0.7 else 0.0
+        share = recovery_record(folder)[0]["edit_norm"]
+        return 1.0 if 0.2 < share < 0.7 else 0.0
+
     found = search(*folders, score, 1.0, tmp_path / "out", budget=60, progress=False)
     assert found.reached and found.score == 1.0 == score(found.folder) and not found.history.score.iloc[1]
     assert found.restored == found.history[found.history.reached].restored.min()
@@ -941,8 +1491,22 @@ def test_search_does_not_trust_monotony(folders, tmp_path):
 
 @pytest.mark.parametrize("method", ["uv", "random", "sigma_only"])
 def test_search_with_other_methods(folders, tmp_path, method):
-    found = search(*folders, lambda f: recovery_record(f)[0]["edit_norm"], 0.05, tmp_path / "out", budget=12, bands="head", method=method, seed=3, progress=False)
-    assert found.settings["method"] == method and found.history["tail"].eq(0).all() and found.reached == (found.score >= 0.05)
+    found = search(
+        *folders,
+        lambda f: recovery_record(f)[0]["edit_norm"],
+        0.05,
+        tmp_path / "out",
+        budget=12,
+        bands="head",
+        method=method,
+        seed=3,
+        progress=False,
+    )
+    assert (
+        found.settings["method"] == method
+        and found.history["tail"].eq(0).all()
+        and found.reached == (found.score >= 0.05)
+    )
 
 
 def test_killed_search_goes_on_without_scoring_twice(folders, tmp_path):
@@ -958,130 +1522,234 @@ search({str(folders[0])!r}, {str(folders[1])!r}, Slow({str(folders[0])!r}, {str(
     log = tmp_path / "killed" / "search.jsonl"
     child(tmp_path, code, lambda: log.exists() and log.read_bytes().count(b"\n") >= 5)
     done = log.read_bytes().count(b"\n")
-    with open(log, "ab") as f: f.write(b'{"key": "cut o')                                  # as if the kill had hit the writing
+    with open(log, "ab") as f:
+        f.write(b'{"key": "cut o')  # as if the kill had hit the writing
     score = Needs(*folders, [1], ["up_proj", "q_proj"])
-    resumed = search(*folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, name="needs", progress=False); calls = len(score.calls)
+    resumed = search(*folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, name="needs", progress=False)
+    calls = len(score.calls)
     quiet = search(*folders, score, 0.999, tmp_path / "quiet", budget=60, steps=16, name="needs", progress=False)
     assert calls == len(quiet.history) - done and len(score.calls) - calls == len(quiet.history)
     drop, ended = ["seconds"], log.read_bytes()
-    search(*folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, name="needs", progress=False)        # the record is whole again
+    search(
+        *folders, score, 0.999, tmp_path / "killed", budget=60, steps=16, name="needs", progress=False
+    )  # the record is whole again
     assert len(score.calls) - calls == len(quiet.history) and log.read_bytes() == ended
     pd.testing.assert_frame_equal(resumed.history.drop(columns=drop), quiet.history.drop(columns=drop))
-    assert resumed._replace(folder=None, history=None) == quiet._replace(folder=None, history=None) and Checkpoint(resumed.folder).digest() == Checkpoint(quiet.folder).digest()
+    assert (
+        resumed._replace(folder=None, history=None) == quiet._replace(folder=None, history=None)
+        and Checkpoint(resumed.folder).digest() == Checkpoint(quiet.folder).digest()
+    )
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["best", "search.jsonl"]
 
 
 def test_search_records_belong_to_their_inputs(folders, tmp_path):
     "Another donor, goal or method is not answered from old scores, unless the candidate is the same."
     score = Needs(*folders, [1], ["up_proj"])
-    search(*folders, score, 0.9, tmp_path / "out", budget=6, name="needs", progress=False); n = len(score.calls)
-    search(*folders, score, 0.95, tmp_path / "out", budget=2, name="needs", progress=False); assert len(score.calls) == n
-    search(*folders, score, 0.9, tmp_path / "out", budget=2, method="uv", name="needs", progress=False); assert len(score.calls) == n + 2
+    search(*folders, score, 0.9, tmp_path / "out", budget=6, name="needs", progress=False)
+    n = len(score.calls)
+    search(*folders, score, 0.95, tmp_path / "out", budget=2, name="needs", progress=False)
+    assert len(score.calls) == n
+    search(*folders, score, 0.9, tmp_path / "out", budget=2, method="uv", name="needs", progress=False)
+    assert len(score.calls) == n + 2
     other = write(tmp_path / "other", changed(weights(), seed=9))
-    search(folders[0], other, score, 0.9, tmp_path / "out", budget=2, name="needs", progress=False); assert len(score.calls) == n + 4
+    search(folders[0], other, score, 0.9, tmp_path / "out", budget=2, name="needs", progress=False)
+    assert len(score.calls) == n + 4
 
 
 @pytest.mark.parametrize("kind", ["lambda", "inner", "partial", "object"])
 def test_two_scores_without_a_name_are_not_taken_for_one(folders, tmp_path, kind):
     import functools
+
     class Constant:
-        def __init__(self, x): self.x = x
-        def __call__(self, folder): return self.x
+        def __init__(self, x):
+            self.x = x
+
+        def __call__(self, folder):
+            return self.x
+
     def inner(x):
-        def score(folder): return x
+        def score(folder):
+            return x
+
         return score
-    make = {"inner": inner, "object": Constant, "partial": lambda x: functools.partial(_constant, x), "lambda": lambda x: lambda folder: x}[kind]
+
+    make = {
+        "inner": inner,
+        "object": Constant,
+        "partial": lambda x: functools.partial(_constant, x),
+        "lambda": lambda x: lambda folder: x,
+    }[kind]
     first = search(*folders, make(1.0), 0.5, tmp_path / "out", budget=4, progress=False)
     assert first.score == 1.0
-    with pytest.raises(ValueError, match="name="): search(*folders, make(0.0), 0.5, tmp_path / "out", budget=4, progress=False)
+    with pytest.raises(ValueError, match="name="):
+        search(*folders, make(0.0), 0.5, tmp_path / "out", budget=4, progress=False)
     second = search(*folders, make(0.0), 0.5, tmp_path / "out", budget=4, name="nothing", progress=False)
     assert second.score == 0.0 and not second.reached
-    again = search(*folders, lambda f: 1 / 0, 0.5, tmp_path / "out", budget=4, name="nothing", progress=False)   # on record under that name
+    again = search(
+        *folders, lambda f: 1 / 0, 0.5, tmp_path / "out", budget=4, name="nothing", progress=False
+    )  # on record under that name
     assert again.score == 0.0
 
 
-def _constant(x, folder): return x
+def _constant(x, folder):
+    return x
 
 
 def test_score_command(folders, tmp_path):
     script = tmp_path / "score.py"
-    script.write_text("import sys, os\nprint('step 3: loading', len(os.listdir(sys.argv[1]))); print('score:', -1.5e-1)")
+    script.write_text(
+        "import sys, os\nprint('step 3: loading', len(os.listdir(sys.argv[1]))); print('score:', -1.5e-1)"
+    )
     assert score_command(f"{sys.executable} {script} {{folder}}")(folders[0]) == -0.15
     (tmp_path / "a b").mkdir()
-    assert score_command(f"{sys.executable} -c 'import sys; print(len(sys.argv[1]))' '{{folder}}/x; echo 7'")(tmp_path / "a b") == len(str(tmp_path / "a b")) + len("/x; echo 7")
-    table = sweep(*folders, (0.1,), score=f"{sys.executable} {script} {{folder}}", progress=False); assert table.score.tolist() == [-0.15]
-    for match, command in (("no {folder}", "true"), ("ended with 3", f"{sys.executable} -c 'import sys; print(5); sys.exit(3)' {{folder}}"), ("cannot be run", "no-such-program-at-all {folder}")):
-        with pytest.raises(ValueError, match=match): score_command(command)(folders[0])
+    assert score_command(f"{sys.executable} -c 'import sys; print(len(sys.argv[1]))' '{{folder}}/x; echo 7'")(
+        tmp_path / "a b"
+    ) == len(str(tmp_path / "a b")) + len("/x; echo 7")
+    table = sweep(*folders, (0.1,), score=f"{sys.executable} {script} {{folder}}", progress=False)
+    assert table.score.tolist() == [-0.15]
+    for match, command in (
+        ("no {folder}", "true"),
+        ("ended with 3", f"{sys.executable} -c 'import sys; print(5); sys.exit(3)' {{folder}}"),
+        ("cannot be run", "no-such-program-at-all {folder}"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            score_command(command)(folders[0])
 
 
-@pytest.mark.parametrize("said, number", [("accuracy 1,319", 1319), ("0.5\nresult: 2e-3\n", 0.002), ("-.5", -0.5), ("hello", None), ("", None), ("0.51 (1,319 problems)", None),
-                                          ("7\nstep 3 loss nan", None), ("loss: nan", "nan"), ("inf", "inf"), ("info: 4", 4)])
+@pytest.mark.parametrize(
+    "said, number",
+    [
+        ("accuracy 1,319", 1319),
+        ("0.5\nresult: 2e-3\n", 0.002),
+        ("-.5", -0.5),
+        ("hello", None),
+        ("", None),
+        ("0.51 (1,319 problems)", None),
+        ("7\nstep 3 loss nan", None),
+        ("loss: nan", "nan"),
+        ("inf", "inf"),
+        ("info: 4", 4),
+    ],
+)
 def test_the_number_of_a_score(tmp_path, said, number):
     (tmp_path / "score.py").write_text(f"print({said!r})")
     score = score_command(f"{sys.executable} {tmp_path / 'score.py'} {{folder}}")
     if number is None:
-        with pytest.raises(ValueError, match="the only number of its last line"): score(tmp_path)
+        with pytest.raises(ValueError, match="the only number of its last line"):
+            score(tmp_path)
     elif isinstance(number, str):
-        with pytest.raises(ValueError, match="expected a finite number"): sweeping._scored(score, tmp_path)
-    else: assert score(tmp_path) == number
+        with pytest.raises(ValueError, match="expected a finite number"):
+            sweeping._scored(score, tmp_path)
+    else:
+        assert score(tmp_path) == number
+
 
 def test_a_sweep_keeps_what_it_has_when_one_score_fails(folders, tmp_path, capsys):
     (tmp_path / "score.py").write_text("import sys; sys.exit('no memory') if '0.3' in sys.argv[1] else print(1)")
-    command = ["sweep", str(folders[0]), "--donor", str(folders[1]), "--ks", "0.1", "0.3", "--out", str(tmp_path / "out"), "--score", f"{sys.executable} {tmp_path / 'score.py'} {{folder}}"]
-    with pytest.warns(UserWarning, match="no score for k = 0.3: .*no memory"): assert sweeping.main(command) == 1
-    assert pd.read_csv(tmp_path / "out/sweep.csv").score.isna().tolist() == [False, True] and (tmp_path / "out/head-0.3/model.safetensors").exists()
+    command = [
+        "sweep",
+        str(folders[0]),
+        "--donor",
+        str(folders[1]),
+        "--ks",
+        "0.1",
+        "0.3",
+        "--out",
+        str(tmp_path / "out"),
+        "--score",
+        f"{sys.executable} {tmp_path / 'score.py'} {{folder}}",
+    ]
+    with pytest.warns(UserWarning, match="no score for k = 0.3: .*no memory"):
+        assert sweeping.main(command) == 1
+    assert (
+        pd.read_csv(tmp_path / "out/sweep.csv").score.isna().tolist() == [False, True]
+        and (tmp_path / "out/head-0.3/model.safetensors").exists()
+    )
+
 
 @pytest.mark.parametrize("r", [128, 320, 512, 896, 1280, 2048, 3584, 4096, 5120, 8192, 10, 9, 3])
 def test_three_bands_fill_the_ranks(r):
     head, end, mid = chosen_ranks(r, 1 / 3, 1 / 3, 1 / 3)
-    assert r - 2 <= head + end + mid <= r and recovery._taken(r, recovery._bands(r, 1 / 3, 1 / 3, 1 / 3)).sum() == head + end + mid
+    assert (
+        r - 2 <= head + end + mid <= r
+        and recovery._taken(r, recovery._bands(r, 1 / 3, 1 / 3, 1 / 3)).sum() == head + end + mid
+    )
+
 
 def test_a_search_looks_at_the_bands_one_by_one(folders, tmp_path):
     "Where the head alone reaches the goal, half of what head and tail take together is found, within few scores."
+
     def score(folder):
         record = recovery_record(folder)[0]
         return min(record["top"], 0.2)
+
     found = search(*folders, score, 0.2, tmp_path / "out", budget=20, progress=False, name="head")
     assert found.settings["tail"] == 0 and 0.2 <= found.settings["top"] <= 0.2 + 1 / 64
 
+
 def test_a_donor_that_cannot_be_meant(tmp_path):
     base = weights()
-    other = {n: torch.randn(w.shape, generator=torch.Generator().manual_seed(i)) for i, (n, w) in enumerate(base.items())}
+    other = {
+        n: torch.randn(w.shape, generator=torch.Generator().manual_seed(i)) for i, (n, w) in enumerate(base.items())
+    }
     name = next(n for n, w in base.items() if w.ndim == 2 and "q_proj" in n)
     lacks = base | {name: torch.zeros_like(base[name])}
     a, b, c = (write(tmp_path / n, w) for n, w in (("a", base), ("b", other), ("c", lacks)))
-    with pytest.warns(UserWarning, match="look unrelated"): recover(a, b, tmp_path / "x", progress=False)
-    with pytest.warns(UserWarning, match="directions that are no more than rounding"): recover(a, c, tmp_path / "y", progress=False)
+    with pytest.warns(UserWarning, match="look unrelated"):
+        recover(a, b, tmp_path / "x", progress=False)
+    with pytest.warns(UserWarning, match="directions that are no more than rounding"):
+        recover(a, c, tmp_path / "y", progress=False)
+
 
 def test_an_adapter_is_warned_of_too(models, tmp_path):
-    with pytest.warns(UserWarning, match="look unrelated"): recover(*models, tmp_path / "x", as_lora=True, progress=False)
+    with pytest.warns(UserWarning, match="look unrelated"):
+        recover(*models, tmp_path / "x", as_lora=True, progress=False)
+
 
 def test_what_cannot_be_read_is_told_before_the_work(tmp_path, monkeypatch):
-    w = weights(); name = "model.norm.weight"
+    w = weights()
+    name = "model.norm.weight"
     a, b = write(tmp_path / "a", w), write(tmp_path / "b", w | {name: torch.full_like(w[name], float("nan"))})
     monkeypatch.setattr(recovery, "_edited", None)
-    with pytest.raises(CheckpointError, match=f"{name} .* NaN"): recover(a, b, tmp_path / "x", progress=False)
+    with pytest.raises(CheckpointError, match=f"{name} .* NaN"):
+        recover(a, b, tmp_path / "x", progress=False)
     assert not (tmp_path / "x").exists()
+
 
 def test_what_a_search_refuses(folders, tmp_path):
     names = sorted(p.name for p in tmp_path.iterdir())
-    for match, options in (("cannot be searched", dict(method="interpolate")), ("bands", dict(bands="middle")), ("bands", dict(bands=("head", "head"))), ("goal", dict(goal=float("nan"))),
-                           ("budget", dict(budget=1)), ("steps", dict(steps=1)), ("slack", dict(slack=(0.5,))), ("in none", dict(kinds="embed_tokens")), ("no {folder}", dict(score="true")),
-                           ("takes no sigma", dict(method="direct", sigma="donor"))):
-        with pytest.raises(ValueError, match=match): search(*folders, **dict(score=len, goal=1.0, out=tmp_path / "out", progress=False) | options)
+    for match, options in (
+        ("cannot be searched", dict(method="interpolate")),
+        ("bands", dict(bands="middle")),
+        ("bands", dict(bands=("head", "head"))),
+        ("goal", dict(goal=float("nan"))),
+        ("budget", dict(budget=1)),
+        ("steps", dict(steps=1)),
+        ("slack", dict(slack=(0.5,))),
+        ("in none", dict(kinds="embed_tokens")),
+        ("no {folder}", dict(score="true")),
+        ("takes no sigma", dict(method="direct", sigma="donor")),
+    ):
+        with pytest.raises(ValueError, match=match):
+            search(*folders, **dict(score=len, goal=1.0, out=tmp_path / "out", progress=False) | options)
         assert sorted(p.name for p in tmp_path.iterdir()) == names
-    with pytest.raises(CheckpointError, match="holds no search"): search(*folders, len, 1.0, folders[0])
-    with pytest.raises(ValueError, match="finite number"): search(*folders, lambda f: None, 1.0, tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match="holds no search"):
+        search(*folders, len, 1.0, folders[0])
+    with pytest.raises(ValueError, match="finite number"):
+        search(*folders, lambda f: None, 1.0, tmp_path / "out", progress=False)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["factors", "search.jsonl"]
     (tmp_path / "out" / "search.jsonl").write_text("nonsense\n")
-    with pytest.raises(CheckpointError, match="damaged"): search(*folders, lambda f: 1.0, 1.0, tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match="damaged"):
+        search(*folders, lambda f: 1.0, 1.0, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("method", ["anchored", "interpolate_to_norm"])
 def test_the_number_of_workers_changes_no_bit(checkpoints, tmp_path, method):
     target, donor = checkpoints
     written = [recover(target, donor, tmp_path / str(n), method=method, workers=n, progress=False) for n in (1, 4)]
-    assert written[0].joinpath("model.safetensors").read_bytes() == written[1].joinpath("model.safetensors").read_bytes()
+    assert (
+        written[0].joinpath("model.safetensors").read_bytes() == written[1].joinpath("model.safetensors").read_bytes()
+    )
     one, four = (recovery_record(w) for w in written)
-    pd.testing.assert_frame_equal(one[1], four[1], check_exact=True)                        # the rows in the order of the matrices
+    pd.testing.assert_frame_equal(one[1], four[1], check_exact=True)  # the rows in the order of the matrices
     assert one[0]["edit_norm_all"] == four[0]["edit_norm_all"]

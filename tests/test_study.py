@@ -1,21 +1,58 @@
 "The study as a program: killed at any moment it goes on, and bad settings are refused before anything is written."
-import shutil, signal, subprocess, sys, time
-import numpy as np, pandas as pd, pytest
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import numpy as np
+import pandas as pd
+import pytest
 from gp_spectral.explore import Run
 from gp_spectral.folders import write_json
-from gp_spectral.study import Preset, _Progress, checkpoints, claims, load_preset, main, recovery_plan, edit_name, stage_seconds
+from gp_spectral.study import (
+    Preset,
+    _Progress,
+    checkpoints,
+    claims,
+    load_preset,
+    main,
+    recovery_plan,
+    edit_name,
+    stage_seconds,
+)
 
-LITTLE = dict(test_problems=24, retry_problems=8, curve_problems=16, sft_steps=6, sft_points=2, sft_examples=64, ppo_iterations=3, ppo_samples=24, ppo_minibatch=24, tops="0.2",
-              recovery_problems=16, test_attempts=2)
+LITTLE = dict(
+    test_problems=24,
+    retry_problems=8,
+    curve_problems=16,
+    sft_steps=6,
+    sft_points=2,
+    sft_examples=64,
+    ppo_iterations=3,
+    ppo_samples=24,
+    ppo_minibatch=24,
+    tops="0.2",
+    recovery_problems=16,
+    test_attempts=2,
+)
 COMMAND = ["study", "--seeds", "1", *(x for k, v in LITTLE.items() for x in ("--set", f"{k}={v}"))]
+
 
 def start(out, *more, log="log.txt"):
     "The study in a process of its own, always with the same number of threads: other tests may have changed theirs."
     with open(out / log, "a") as log:
-        return subprocess.Popen([sys.executable, "-m", "gp_spectral.study", *COMMAND, *more, "--out", str(out)], stdout=log, stderr=log, cwd=out)
+        return subprocess.Popen(
+            [sys.executable, "-m", "gp_spectral.study", *COMMAND, *more, "--out", str(out)],
+            stdout=log,
+            stderr=log,
+            cwd=out,
+        )
+
 
 def complete(out):
     assert start(out).wait() == 0, (out / "log.txt").read_text()[-3000:]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -23,28 +60,34 @@ def finished(tmp_path_factory):
     complete(out)
     return out / "tiny"
 
+
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_it_goes_on(finished, tmp_path, kills):
     for moment in range(kills):
         process, begun = start(tmp_path), time.time()
-        while process.poll() is None and time.time() - begun < 6 + 25 * (moment + 1) / kills: time.sleep(0.2)
-        if process.poll() is not None: break
-        process.send_signal(signal.SIGKILL); process.wait()
-    assert moment or process.returncode == -signal.SIGKILL                                     # at least the first kill came in time
+        while process.poll() is None and time.time() - begun < 6 + 25 * (moment + 1) / kills:
+            time.sleep(0.2)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert moment or process.returncode == -signal.SIGKILL  # at least the first kill came in time
     complete(tmp_path)
     for name in ("evaluations", "losses", "sigma", "angles", "recovery", "recovery_answers", "sft_curve", "ppo_curve"):
         a, b = (pd.read_parquet(root / "tables" / f"{name}.parquet") for root in (finished, tmp_path / "tiny"))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert not list(tmp_path.rglob("*.part"))
 
+
 @pytest.mark.slow
 def test_two_processes_share_the_seeds(finished, tmp_path):
     "Three are given the same command, and one of them is killed: all seeds are run, and a seed's numbers do not depend on who else was there."
     a, b, c = (start(tmp_path, "--seeds", "3", log=f"{name}.txt") for name in "abc")
-    while not all((tmp_path / "tiny" / s / "sft").exists() for s in "012"):                     # each is at a seed of its own
+    while not all((tmp_path / "tiny" / s / "sft").exists() for s in "012"):  # each is at a seed of its own
         assert all(p.poll() is None for p in (a, b, c)), (tmp_path / "a.txt").read_text()
         time.sleep(0.2)
-    c.kill(); c.wait()
+    c.kill()
+    c.wait()
     assert (a.wait(), b.wait()) == (0, 0), (tmp_path / "a.txt").read_text() + (tmp_path / "b.txt").read_text()
     assert any("another process is at it" in (tmp_path / f"{name}.txt").read_text() for name in "ab")
     for name in ("evaluations", "sigma", "recovery", "sft_curve", "ppo_curve"):
@@ -53,26 +96,45 @@ def test_two_processes_share_the_seeds(finished, tmp_path):
         pd.testing.assert_frame_equal(one, all_[all_.seed == 0].reset_index(drop=True), check_exact=True)
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".lock")]
 
+
 def test_a_log_file_is_not_filled_with_progress(finished):
     log = (finished.parent / "log.txt").read_text()
     assert "SFT:   0%" in log and "1/12 [" not in log and log.count("\r") < 200
+
 
 def test_report_opens_offline(finished):
     page = (finished / "report.html").read_text()
     assert "src='http" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8
 
-@pytest.mark.parametrize("arguments, message", [
-    (["study", "--preset", "huge"], "unknown preset 'huge'"), (["study", "--set", "sft_stepz=3"], "unknown key 'sft_stepz'"),
-    (["study", "--set", "sft_steps"], "KEY=VALUE"), (["study", "--set", "sft_lr=fast"], "sft_lr = 'fast'"), (["study", "--set", "model=nowhere"], "nowhere is not a folder"),
-    (["study", "--seeds", "0"], "at least 1"), (["study", "--set", "test_attempts=0"], "test_attempts = 0"), (["study", "--set", "ppo_lr=nan"], "ppo_lr = nan"),
-    (["study", "--set", "band=0.7"], "band = 0.7"), (["study", "--set", "ppo_starts=0.5"], "ppo_starts = (0.5,)"), (["study", "--set", "rl=dpo"], "rl = 'dpo'"),
-    (["study", "--set", "sft_at=1.5"], "sft_at = (1.5,)"), (["evaluate", "nowhere"], "nowhere is not a folder"), (["angles", "nowhere"], "at least two"),
-    (["angles", "nowhere", "either"], "nowhere is not a folder"), (["spectrum", "nowhere"], "nowhere is not a folder"), (["sft", "nowhere", "out"], "nowhere is not a folder")])
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["study", "--preset", "huge"], "unknown preset 'huge'"),
+        (["study", "--set", "sft_stepz=3"], "unknown key 'sft_stepz'"),
+        (["study", "--set", "sft_steps"], "KEY=VALUE"),
+        (["study", "--set", "sft_lr=fast"], "sft_lr = 'fast'"),
+        (["study", "--set", "model=nowhere"], "nowhere is not a folder"),
+        (["study", "--seeds", "0"], "at least 1"),
+        (["study", "--set", "test_attempts=0"], "test_attempts = 0"),
+        (["study", "--set", "ppo_lr=nan"], "ppo_lr = nan"),
+        (["study", "--set", "band=0.7"], "band = 0.7"),
+        (["study", "--set", "ppo_starts=0.5"], "ppo_starts = (0.5,)"),
+        (["study", "--set", "rl=dpo"], "rl = 'dpo'"),
+        (["study", "--set", "sft_at=1.5"], "sft_at = (1.5,)"),
+        (["evaluate", "nowhere"], "nowhere is not a folder"),
+        (["angles", "nowhere"], "at least two"),
+        (["angles", "nowhere", "either"], "nowhere is not a folder"),
+        (["spectrum", "nowhere"], "nowhere is not a folder"),
+        (["sft", "nowhere", "out"], "nowhere is not a folder"),
+    ],
+)
 def test_bad_input_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.safetensors"))
+
 
 def test_a_settings_file_in_the_working_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -80,25 +142,66 @@ def test_a_settings_file_in_the_working_directory(tmp_path, monkeypatch, capsys)
     assert main(["study"]) == 2
     assert "settings.ini [tiny]" in (error := capsys.readouterr().err) and "'speed'" in error
 
+
 def test_other_settings_are_refused(finished, capsys):
     assert main([*COMMAND, "--set", "sft_lr=1e-5", "--out", str(finished.parent)]) == 2
     assert "sft_lr" in capsys.readouterr().err
 
+
 def test_each_stage_by_hand(tmp_path, capsys):
-    few = ["--set", "curve_problems=8", "--set", "sft_steps=3", "--set", "sft_points=1", "--set", "sft_examples=32", "--set", "ppo_iterations=1", "--set", "ppo_samples=8", "--set", "ppo_minibatch=8",
-           "--set", "test_problems=8", "--set", "test_attempts=1"]
+    few = [
+        "--set",
+        "curve_problems=8",
+        "--set",
+        "sft_steps=3",
+        "--set",
+        "sft_points=1",
+        "--set",
+        "sft_examples=32",
+        "--set",
+        "ppo_iterations=1",
+        "--set",
+        "ppo_samples=8",
+        "--set",
+        "ppo_minibatch=8",
+        "--set",
+        "test_problems=8",
+        "--set",
+        "test_attempts=1",
+    ]
     sft, rl, fixed = tmp_path / "sft", tmp_path / "rl", tmp_path / "fixed"
     assert main(["sft", "tiny", str(sft), *few]) == 0
     assert main(["ppo", str(sft / "step-00003"), str(rl), *few]) == 0
-    assert main(["evaluate", str(sft / "step-00003"), str(rl / "checkpoint"), "--table", str(tmp_path / "e.parquet"), *few]) == 0
+    assert (
+        main(
+            ["evaluate", str(sft / "step-00003"), str(rl / "checkpoint"), "--table", str(tmp_path / "e.parquet"), *few]
+        )
+        == 0
+    )
     assert main(["spectrum", str(sft / "step-00000"), "--kinds", "q_proj", "--plot", str(tmp_path / "s.png")]) == 0
-    assert main(["compare", str(sft / "step-00000"), str(sft / "step-00003"), "--layers", "first 50%", "--out", str(tmp_path / "c")]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                str(sft / "step-00000"),
+                str(sft / "step-00003"),
+                "--layers",
+                "first 50%",
+                "--out",
+                str(tmp_path / "c"),
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "c" / "angles.parquet").exists()
     assert main(["recover", str(sft / "step-00003"), "--donor", str(sft / "step-00000"), "--out", str(fixed)]) == 0
-    assert main(["recover", str(sft / "step-00003"), "--donor", str(sft / "step-00000"), "--out", str(fixed)]) == 2     # it exists
+    assert (
+        main(["recover", str(sft / "step-00003"), "--donor", str(sft / "step-00000"), "--out", str(fixed)]) == 2
+    )  # it exists
     assert (tmp_path / "s.png").stat().st_size > 5000 and len(pd.read_parquet(tmp_path / "e.parquet")) == 32
     assert main(["evaluate", str(fixed), *few]) == 0
     capsys.readouterr()
+
 
 # The claims on made-up numbers: what the verdicts say when the truth is known.
 def outcomes(seeds, hands, rate, rng):
@@ -107,129 +210,274 @@ def outcomes(seeds, hands, rate, rng):
     p = np.clip(rate + 0.01 * rng.normal(size=(seeds, 1)) + 0.2 * hard, 0, 1)
     return (rng.random((seeds, hands)) < p).ravel()
 
+
 def made_up(rates, edits, seeds=6, hands=600, seed=0):
     "Tables in which checkpoints and edits have the given OOD success; spectra and angles are those of a training that turns and of noise that does not."
-    rng, at = np.random.default_rng(seed), dict(seed=np.repeat(range(seeds), hands), problem=np.tile(range(hands), seeds), hand=[f"h{i}" for i in range(hands)] * seeds)
-    ev = pd.concat([pd.DataFrame(at | dict(checkpoint=c, rule=rule, allowed=1, solved_first=outcomes(seeds, hands, r, rng), error="")) for c, r in rates.items() for rule in ("ID", "OOD")])
-    rec = pd.concat([pd.DataFrame(at | dict(edit=e, rule="OOD", solved_first=outcomes(seeds, hands, r, rng))) for e, r in edits.items()])
-    curve = pd.DataFrame([dict(seed=s, step=t, rule=rule, set=kind, rate=r) for s in range(seeds)
-                          for rule, kind, rs in (("OOD", "validation", (.3, .5, .2)), ("ID", "validation", (.3, .2, .2)), ("ID", "seen", (.3, .6, .9))) for t, r in zip((0, 10, 20), rs)])
-    losses = pd.DataFrame([dict(seed=s, step=t, rule=r, loss=1 - t / 100) for s in range(seeds) for t in (0, 10, 20) for r in ("ID", "OOD")])
+    rng, at = (
+        np.random.default_rng(seed),
+        dict(
+            seed=np.repeat(range(seeds), hands),
+            problem=np.tile(range(hands), seeds),
+            hand=[f"h{i}" for i in range(hands)] * seeds,
+        ),
+    )
+    ev = pd.concat(
+        [
+            pd.DataFrame(
+                at | dict(checkpoint=c, rule=rule, allowed=1, solved_first=outcomes(seeds, hands, r, rng), error="")
+            )
+            for c, r in rates.items()
+            for rule in ("ID", "OOD")
+        ]
+    )
+    rec = pd.concat(
+        [
+            pd.DataFrame(at | dict(edit=e, rule="OOD", solved_first=outcomes(seeds, hands, r, rng)))
+            for e, r in edits.items()
+        ]
+    )
+    curve = pd.DataFrame(
+        [
+            dict(seed=s, step=t, rule=rule, set=kind, rate=r)
+            for s in range(seeds)
+            for rule, kind, rs in (
+                ("OOD", "validation", (0.3, 0.5, 0.2)),
+                ("ID", "validation", (0.3, 0.2, 0.2)),
+                ("ID", "seen", (0.3, 0.6, 0.9)),
+            )
+            for t, r in zip((0, 10, 20), rs)
+        ]
+    )
+    losses = pd.DataFrame(
+        [
+            dict(seed=s, step=t, rule=r, loss=1 - t / 100)
+            for s in range(seeds)
+            for t in (0, 10, 20)
+            for r in ("ID", "OOD")
+        ]
+    )
     pairs = [("base", "end", 0.2, 0.004), ("end", "rl", 0.02, 0.001), ("end", "noise", 0.02, 0.02)]
-    sigma = pd.DataFrame([dict(seed=s, base=a, other=b, matrix=m, mean_abs_change=c * rng.uniform(.95, 1.05)) for s in range(seeds) for a, b, _, c in pairs for m in "uvwxyz"])
+    sigma = pd.DataFrame(
+        [
+            dict(seed=s, base=a, other=b, matrix=m, mean_abs_change=c * rng.uniform(0.95, 1.05))
+            for s in range(seeds)
+            for a, b, _, c in pairs
+            for m in "uvwxyz"
+        ]
+    )
     shape = {m: rng.uniform(0.3, 3) for m in "uvwxyz"}
-    angles = pd.DataFrame([dict(seed=s, base=a, other=b, matrix=m, side=side, band=band, random_mean=1.0,
-                                mean=t * (rng.uniform(.3, 3) if b == "noise" else shape[m] * rng.uniform(.97, 1.03)) * {"head": 1.5, "bulk": 1, "tail": 2}[band])
-                           for s in range(seeds) for a, b, t, _ in pairs for m in "uvwxyz" for side in "UV" for band in ("head", "bulk", "tail")])
-    return dict(evaluations=ev, recovery_answers=rec, sft_curve=curve, losses=losses, sigma=sigma, angles=angles, preset=dict(band=0.2), steps=dict(end=20, starts=[10, 20, 40]))
+    angles = pd.DataFrame(
+        [
+            dict(
+                seed=s,
+                base=a,
+                other=b,
+                matrix=m,
+                side=side,
+                band=band,
+                random_mean=1.0,
+                mean=t
+                * (rng.uniform(0.3, 3) if b == "noise" else shape[m] * rng.uniform(0.97, 1.03))
+                * {"head": 1.5, "bulk": 1, "tail": 2}[band],
+            )
+            for s in range(seeds)
+            for a, b, t, _ in pairs
+            for m in "uvwxyz"
+            for side in "UV"
+            for band in ("head", "bulk", "tail")
+        ]
+    )
+    return dict(
+        evaluations=ev,
+        recovery_answers=rec,
+        sft_curve=curve,
+        losses=losses,
+        sigma=sigma,
+        angles=angles,
+        preset=dict(band=0.2),
+        steps=dict(end=20, starts=[10, 20, 40]),
+    )
 
-PAPER = dict(base=.3, max_ood=.6, end=.2, rl=.55, sft_10=.5, rl_10=.3, sft_40=.1, rl_40=.05)
-EDITS = {edit_name(**e): .2 for e in recovery_plan(Preset())} | dict(target=.2, donor=.6) | {
-    "uv 20%": .55, "anchored 20%": .57, "interpolate_to_norm 20%": .4, "reset first 25%": .56, "reset last 25%": .2, "sigma_only 100%": .21}
 
-def verdicts(tables): return [(r.claim, r.text, r.verdict) for r in claims(tables).itertuples()]
+PAPER = dict(base=0.3, max_ood=0.6, end=0.2, rl=0.55, sft_10=0.5, rl_10=0.3, sft_40=0.1, rl_40=0.05)
+EDITS = (
+    {edit_name(**e): 0.2 for e in recovery_plan(Preset())}
+    | dict(target=0.2, donor=0.6)
+    | {
+        "uv 20%": 0.55,
+        "anchored 20%": 0.57,
+        "interpolate_to_norm 20%": 0.4,
+        "reset first 25%": 0.56,
+        "reset last 25%": 0.2,
+        "sigma_only 100%": 0.21,
+    }
+)
+
+
+def verdicts(tables):
+    return [(r.claim, r.text, r.verdict) for r in claims(tables).itertuples()]
+
 
 def test_claims_of_a_world_as_the_paper_says():
     found = verdicts(made_up(PAPER, EDITS))
-    ours = ("held-out hands rises", "plain interpolation")       # made up to fall, and to give back half
+    ours = ("held-out hands rises", "plain interpolation")  # made up to fall, and to give back half
     for claim, text, verdict in found:
-        if "C7" == claim: continue
-        assert verdict == ("not reproduced" if any(part in text for part in ours) else "reproduced"), (claim, text, verdict)
+        if "C7" == claim:
+            continue
+        assert verdict == ("not reproduced" if any(part in text for part in ours) else "reproduced"), (
+            claim,
+            text,
+            verdict,
+        )
+
 
 def test_claims_of_a_world_that_contradicts():
-    found = {t: v for _, t, v in verdicts(made_up(dict(base=.6, max_ood=.4, end=.4, rl=.3, sft_10=.4, rl_10=.6, sft_40=.3, rl_40=.6), EDITS | {"uv 20%": .1, "anchored 20%": .2, "sigma_only 100%": .58}))}
+    found = {
+        t: v
+        for _, t, v in verdicts(
+            made_up(
+                dict(base=0.6, max_ood=0.4, end=0.4, rl=0.3, sft_10=0.4, rl_10=0.6, sft_40=0.3, rl_40=0.6),
+                EDITS | {"uv 20%": 0.1, "anchored 20%": 0.2, "sigma_only 100%": 0.58},
+            )
+        )
+    }
     at = lambda part: next(v for t, v in found.items() if part in t)
     assert at("rises first") == at("raises OOD success") == "not reproduced"
     assert at("falls from its peak") == "undecided"
-    assert at("gives back most of the loss") == "undecided"        # there is no loss to give back
+    assert at("gives back most of the loss") == "undecided"  # there is no loss to give back
     assert at("UV merge") == at("anchored merge, isospectral") == at("singular values alone") == "not reproduced"
     assert at("too short (step 10) RL does not heal") == at("ends above RL from the too long") == "not reproduced"
+
 
 def test_a_seed_that_lost_nothing_is_not_left_out():
     tables = made_up(PAPER, EDITS)
     ev = tables["evaluations"]
-    ev.loc[(ev.seed == 0) & (ev.checkpoint == "max_ood"), "solved_first"] = ev.loc[(ev.seed == 0) & (ev.checkpoint == "end"), "solved_first"].to_numpy()
+    ev.loc[(ev.seed == 0) & (ev.checkpoint == "max_ood"), "solved_first"] = ev.loc[
+        (ev.seed == 0) & (ev.checkpoint == "end"), "solved_first"
+    ].to_numpy()
     row = claims(tables).query("claim == 'C2' and unit == 'of the loss'").iloc[0]
     assert row.seeds == 6 and np.isfinite(row.effect)
 
+
 def test_one_seed_decides_nothing():
     assert {v for *_, v in verdicts(made_up(PAPER, EDITS, seeds=1))} == {"undecided"}
+
 
 def test_a_foreign_settings_file_is_in_nobodys_way(tmp_path, monkeypatch):
     "Sections that are not used are not judged."
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.ini").write_text("[server]\nport = 3\n")
     assert load_preset("tiny") == Preset()
-    with pytest.raises(ValueError, match="port"): load_preset("server")
+    with pytest.raises(ValueError, match="port"):
+        load_preset("server")
+
 
 def test_the_explorer_finds_what_the_preset_says(finished, tmp_path):
     "The base that was taught, RL by another name: read from the run's own record, not guessed."
     shutil.copytree(finished / "tables", tmp_path / "tables")
     shutil.copytree(finished / "0", tmp_path / "0")
-    import dataclasses, json
+    import dataclasses
+    import json
+
     preset = dataclasses.replace(load_preset("tiny", {k: str(v) for k, v in LITTLE.items()}), rl="grpo")
     (tmp_path / "preset.json").write_text(json.dumps(dataclasses.asdict(preset)))
     assert Run(tmp_path).paths()["rl"] == tmp_path / "0" / "grpo-00006" / "checkpoint"
     assert checkpoints(preset, tmp_path / "0")["sft_12"] == tmp_path / "0" / "sft" / "step-00012"
     (tmp_path / "preset.json").unlink()
-    with pytest.raises(ValueError, match="holds no study"): Run(tmp_path)
+    with pytest.raises(ValueError, match="holds no study"):
+        Run(tmp_path)
+
 
 def test_forecast(tmp_path):
     "Teaching is counted once for all seeds, and no more when it is done; what stages took corrects the rest."
     said, preset = [], Preset(teach_steps=5)
     bar = lambda: _Progress(preset, tmp_path, 2, lambda text, **k: said.append(text))
     assert [s for s, _ in bar().left].count("") == 1 and len(bar().left) == 11
-    new = bar(); new.guess = stage_seconds(preset, 0.1, 0.01)
+    new = bar()
+    new.guess = stage_seconds(preset, 0.1, 0.01)
     whole = new.to_go()
-    (tmp_path / "taught").mkdir(); write_json(dict(seconds=2 * new.guess["taught"]), tmp_path / "taught" / "record.json")
+    (tmp_path / "taught").mkdir()
+    write_json(dict(seconds=2 * new.guess["taught"]), tmp_path / "taught" / "record.json")
     assert len(bar().left) == 10
     new.done("", "taught", tmp_path / "taught")
     rest = whole - new.guess["taught"]
     assert new.to_go() == pytest.approx(2 * rest) and said[-1].startswith("base    taught")
-    new = _Progress(preset, tmp_path, 5, lambda text, **k: said.append(text)); new.guess = stage_seconds(preset, 0.1, 0.01)
+    new = _Progress(preset, tmp_path, 5, lambda text, **k: said.append(text))
+    new.guess = stage_seconds(preset, 0.1, 0.01)
     one = rest / 2
-    new.elsewhere(0); new.elsewhere(0); new.here(1)                                     # two are taken, of three more each process gets half
-    assert new.to_go() == pytest.approx(one * (1 + 3 / 2)) and said[-1] == "seed 0  another process is at it" != said[-2]
-    (tmp_path / "0/recovery").mkdir(parents=True)                                       # the other has done what it was at
+    new.elsewhere(0)
+    new.elsewhere(0)
+    new.here(1)  # two are taken, of three more each process gets half
+    assert (
+        new.to_go() == pytest.approx(one * (1 + 3 / 2)) and said[-1] == "seed 0  another process is at it" != said[-2]
+    )
+    (tmp_path / "0/recovery").mkdir(parents=True)  # the other has done what it was at
     assert new.to_go() == pytest.approx(one * 4)
-    new.here(0)                                                                         # it had not, and was killed: its seed is to be run here
+    new.here(0)  # it had not, and was killed: its seed is to be run here
     assert new.to_go() == pytest.approx(one * 5)
+
 
 def test_rl_is_dealt_hands_that_sft_has_not_seen():
     from gp_spectral.sft import sft_dataset
     from gp_spectral.study import Unseen, tasks
+
     preset = load_preset("tiny", dict(rl_hands="unseen", sft_hands="30"))
     task = tasks(preset)["ID"]
     unseen, taught = Unseen(task, 400, 3, 30), {p.key for p in sft_dataset(task, 400, 3, 30)[0]}
     dealt = unseen.problems("train", 500, "3:0")
     assert len(dealt) == 500 and dealt == unseen.problems("train", 500, "3:0") != unseen.problems("train", 500, "3:1")
-    assert taught and not taught & {p.key for p in dealt}                                       # neither does SFT's set hold all, nor RL's any of it
-    assert {p.key for p in dealt} <= {p.key for p in task.problems("train", 3000)}              # and both are of the split for training
+    assert taught and not taught & {p.key for p in dealt}  # neither does SFT's set hold all, nor RL's any of it
+    assert {p.key for p in dealt} <= {
+        p.key for p in task.problems("train", 3000)
+    }  # and both are of the split for training
     assert unseen.problems("validation", 20, 1) == task.problems("validation", 20, 1)
-    with pytest.raises(ValueError, match="sft_hands"): Unseen(task, 4000, 0, None).problems("train", 5)
-    with pytest.raises(ValueError, match="rl_hands"): load_preset("tiny", dict(rl_hands="unseen", sft_hands="0"))
-    with pytest.raises(ValueError, match="rl_hands"): load_preset("tiny", dict(rl_hands="others"))
+    with pytest.raises(ValueError, match="sft_hands"):
+        Unseen(task, 4000, 0, None).problems("train", 5)
+    with pytest.raises(ValueError, match="rl_hands"):
+        load_preset("tiny", dict(rl_hands="unseen", sft_hands="0"))
+    with pytest.raises(ValueError, match="rl_hands"):
+        load_preset("tiny", dict(rl_hands="others"))
+
 
 def test_recovery_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     "Killed between two edits, it asks only those that are left, and the tables are the same."
     from gp_spectral import recovery, study
+
     root = shutil.copytree(finished, tmp_path / "tiny")
     preset, folder = study.read_preset(root), root / "0"
     shutil.rmtree(folder / "recovery")
     edit, made = recovery.recover, []
+
     def recover(*args, **kwargs):
-        if len(made) == 4: raise KeyboardInterrupt                                              # nothing of the stage sees it
-        made.append(kwargs["method"]); return edit(*args, **kwargs)
+        if len(made) == 4:
+            raise KeyboardInterrupt  # nothing of the stage sees it
+        made.append(kwargs["method"])
+        return edit(*args, **kwargs)
+
     monkeypatch.setattr(recovery, "recover", recover)
-    with pytest.raises(KeyboardInterrupt): study.run_recovery(preset, 0, folder, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_recovery(preset, 0, folder, progress=False)
     assert len(made) == 4 and not (folder / "recovery").exists()
-    monkeypatch.setattr(recovery, "recover", lambda *args, **kwargs: made.append(kwargs["method"]) or edit(*args, **kwargs))
+    monkeypatch.setattr(
+        recovery, "recover", lambda *args, **kwargs: made.append(kwargs["method"]) or edit(*args, **kwargs)
+    )
     study.run_recovery(preset, 0, folder, progress=False)
-    assert len(made) == len(recovery_plan(preset))                                              # none twice
+    assert len(made) == len(recovery_plan(preset))  # none twice
     for name in ("recovery", "recovery_answers"):
-        pd.testing.assert_frame_equal(*(pd.read_parquet(x / "0" / "recovery" / f"{name}.parquet") for x in (finished, root)), check_exact=True)
+        pd.testing.assert_frame_equal(
+            *(pd.read_parquet(x / "0" / "recovery" / f"{name}.parquet") for x in (finished, root)), check_exact=True
+        )
+
 
 def test_the_command_by_its_module():
-    said = [subprocess.run([sys.executable, "-m", "gp_spectral", word], capture_output=True, text=True) for word in ("--version", "--help")]
+    said = [
+        subprocess.run([sys.executable, "-m", "gp_spectral", word], capture_output=True, text=True)
+        for word in ("--version", "--help")
+    ]
     from importlib.metadata import version
-    assert [s.returncode for s in said] == [0, 0] and said[0].stdout == f"gp-spectral {version('gp_spectral')}\n" and "examples:" in said[1].stdout
+
+    assert (
+        [s.returncode for s in said] == [0, 0]
+        and said[0].stdout == f"gp-spectral {version('gp_spectral')}\n"
+        and "examples:" in said[1].stdout
+    )
