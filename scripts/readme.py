@@ -10,6 +10,7 @@ from nbdev.readme_filter import doc_link
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "<!-- Made from nbs/index.ipynb by scripts/readme.py: edit the notebook, not this file. -->\n"
 LINK = re.compile(r"(!?)(\[[^\]]*\]\()([^)\s]+)(\))")
+PICTURES_AT = "https://raw.githubusercontent.com/gp-spectral/gp_spectral/main"  # the package index shows them, too
 PICTURES = {
     "success": "plot_success(",
     "recovery": "plot_recovery_bars(",
@@ -31,14 +32,14 @@ def _directives(cell):
 
 
 def _links(text, base):
-    "Links to notebooks lead to the documentation, pictures to the folder that they are in."
+    "Links to notebooks lead to the documentation, pictures to the repository."
 
     def one(m):
         bang, label, target, close = m.groups()
         if re.match(r"\w+:|[#/]|\.\./", target):
             target = target.removeprefix("../")
         else:
-            target = f"nbs/{target}" if bang else doc_link(target, base)
+            target = f"{PICTURES_AT}/nbs/{target}" if bang else doc_link(target, base)
         return bang + label + target + close
 
     return "".join(
