@@ -1,4 +1,5 @@
-"What the benchmarks share: the spread of repeated measurements, tables, and the results they are written into. Standard library only."
+"""What the benchmarks share: the spread of repeated measurements, tables, and the results they are written into.
+Standard library only."""
 
 import datetime
 import json
@@ -44,7 +45,8 @@ def write(
     packages=("torch", "numpy", "scipy"),  # whose versions are told
     keep=True,  # False: print only
 ):
-    "Puts a result into results.md and the numbers behind it into results.json, in place of the last one of the same title."
+    """Puts a result into results.md and the numbers behind it into results.json, in place of the last one of the
+    same title."""
     script = Path(sys.argv[0]).name
     about = dict(
         command=" ".join([f"python benchmarks/{script}", *(Path(a).name for a in sys.argv[1:])]),

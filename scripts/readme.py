@@ -1,4 +1,5 @@
-"Writes README.md from nbs/index.ipynb, and its pictures from the saved outputs of another notebook. `nbdev-readme` does the former with Quarto; this needs nothing but nbdev."
+"""Writes README.md from nbs/index.ipynb, and its pictures from the saved outputs of another notebook. `nbdev-readme`
+does the former with Quarto; this needs nothing but nbdev."""
 
 import base64
 import json

@@ -6,7 +6,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("gp_spectral/settings.ini", "gp_spectral/models/tiny/model.safetensors", "gp_spectral/models/tiny/config.json")
+NEEDED = (
+    "gp_spectral/settings.ini",
+    "gp_spectral/models/tiny/model.safetensors",
+    "gp_spectral/models/tiny/config.json",
+)
 
 
 def check(

