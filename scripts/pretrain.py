@@ -1,10 +1,13 @@
 """Pretrains the small base model that gp_spectral ships, from nothing.
 
     python scripts/pretrain.py --minutes 22 --threads 2 --out gp_spectral/models/tiny
+    python scripts/pretrain.py --steps 1000 --mix rank=.99,random=.01 --cards 3:1 --target 1-30 --out DIR
 
 Everything is made here: a word-level tokenizer, a Llama of 0.8 million parameters, and online data from the solver.
-Only hands of the split `pretrain` occur with four cards; hands of two and three cards are not split. The model sees
-the game under many readings of J, Q and K, both of the study's among them, and many targets.
+Only hands of the split `pretrain` occur with the largest number of cards; smaller hands are not split. By default the
+model sees the game under many readings of J, Q and K, both of the study's among them, and many targets; `--mix` says
+how often which reading is stated, `--cards` how many cards are dealt how often. With `--steps` on one thread the same
+command gives the same bits; `--keep-every` keeps the model on the way, so that one run gives a family of bases.
 
 The loss is cross-entropy on the answer. A step-wise solution is drawn uniformly, step by step, from the first steps
 of all solutions.
@@ -54,45 +57,75 @@ def build_tokenizer():
     )
 
 
-def draw_problem(rng, splits):
-    """A problem to learn from. Four cards are a hand of the split `pretrain`, for 24 or another target, so that
-    the few hundred hands for 24 are not all there is to learn. Three are often numbers of any size, as they remain
-    after a first step."""
-    n = rng.choices((2, 3, 4), (0.06, 0.34, 0.60))[0]
-    while True:
-        kind = rng.random()
-        faces = (
-            (10, 10, 10)
-            if kind < 0.35
-            else (11, 12, 13)
-            if kind < 0.75
-            else tuple(rng.randint(1, 13) for _ in range(3))
-        )
-        cards = [rng.choice(env.CARDS) for _ in range(4)]
-        if faces == (11, 12, 13):
-            cards[rng.randrange(4)] = rng.choice(env.FACES)
-        remains = n == 3 and rng.random() < 0.6
-        if n < 4 and not remains:
-            cards = cards[:n]
-        problem = env.Problem(tuple(cards), faces, 24)
-        state = tuple(sorted(problem.numbers))
-        if len(state) == 4 and splits[state] != "pretrain":
-            continue
-        if remains:
-            state = rng.choice(list(env._moves(state).values()))
-            if env.steps_to(state, 24):
-                numbers = list(state)
-                rng.shuffle(numbers)
-                return Remains(tuple(map(str, numbers)), faces, 24)
-            continue
+READINGS = {"ten": (10, 10, 10), "rank": (11, 12, 13), "random": None, "free": None}  # free: cards without faces
+
+
+class Mixture:
+    "What is dealt how often: readings of the faces, numbers of cards, targets; only hands of one split at full size."
+
+    def __init__(
+        self,
+        mix=dict(ten=0.35, rank=0.40, random=0.25),  # shares of the stated readings, see `READINGS`
+        cards={2: 0.06, 3: 0.34, 4: 0.60},  # shares of the numbers of cards
+        target=(24, 24),  # (low, high): one that the hand reaches; 24 alone: 24 in 40 % of the examples, else up to 60
+        split="pretrain",
+    ):
+        self.mix, self.cards, self.target, self.split = mix, cards, target, split
+        self.largest, self.reach = max(cards), {}
+        self.splits = env.hand_splits(self.largest)
+
+    def reading(self, rng):
+        "(kind, faces), drawn by the shares."
+        at, sum_ = rng.random() * sum(self.mix.values()), 0.0
+        for kind, share in self.mix.items():
+            sum_ += share
+            if at < sum_:
+                break
+        return kind, READINGS[kind] or tuple(rng.randint(1, 13) for _ in range(3))
+
+    def reachable(self, state):
+        "Targets in the range that a hand reaches in integer steps."
+        if state not in self.reach:
+            low, high = self.target
+            self.reach[state] = [t for t in range(low, high + 1) if env.steps_to(state, t)]
+        return self.reach[state]
+
+    def draw(self, rng):
+        "A problem to learn from."
+        n = rng.choices(list(self.cards), list(self.cards.values()))[0]
+        while True:
+            kind, faces = self.reading(rng)
+            cards = [rng.choice(env.CARDS if kind != "free" else env.CARDS[:10]) for _ in range(self.largest)]
+            if faces == READINGS["rank"]:
+                cards[rng.randrange(n if self.largest < 4 else 4)] = rng.choice(env.FACES)
+            remains = n == 3 and self.largest == 4 and rng.random() < 0.6
+            problem = env.Problem(tuple(cards if remains else cards[:n]), faces, 24)
+            state = tuple(sorted(problem.numbers))
+            if len(state) == self.largest and self.splits[state] != self.split:
+                continue
+            found = self.remains(rng, state, faces) if remains else self.aimed(rng, state, problem)
+            if found:
+                return found
+
+    def remains(self, rng, state, faces):
+        """Three numbers of any size, as they remain after a first step: the few hundred hands for 24 are not all
+        there is to learn."""
+        state = rng.choice(list(env._moves(state).values()))
+        if env.steps_to(state, 24):
+            numbers = list(state)
+            rng.shuffle(numbers)
+            return Remains(tuple(map(str, numbers)), faces, 24)
+
+    def aimed(self, rng, state, problem):
+        "The problem with a target that its hand reaches; None when the target that was drawn is out of reach."
+        if self.target != (24, 24):
+            reach = self.reachable(state)
+            return env.Problem(problem.cards, problem.faces, rng.choice(reach)) if reach else None
         if rng.random() < 0.4:
-            if env.steps_to(state, 24):
-                return problem
-            continue
+            return problem if env.steps_to(state, 24) else None
         while len(state) > 1:
             state = rng.choice(list(env._moves(state).values()))
-        if state[0] <= 60:
-            return env.Problem(tuple(cards), faces, state[0])
+        return env.Problem(problem.cards, problem.faces, state[0]) if state[0] <= 60 else None
 
 
 class Remains(env.Problem):
@@ -106,13 +139,8 @@ class Remains(env.Problem):
 class Data:
     "Endless examples: prompt ids and answer ids."
 
-    def __init__(self, tokenizer, seed):
-        self.rng, self.splits, self.tokenizer, self.game = (
-            random.Random(seed),
-            env.hand_splits(),
-            tokenizer,
-            env.GeneralPoints(),
-        )
+    def __init__(self, tokenizer, seed, mixture):
+        self.rng, self.tokenizer, self.mixture, self.game = random.Random(seed), tokenizer, mixture, env.GeneralPoints()
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -134,7 +162,7 @@ class Data:
         return text
 
     def example(self, two_turns):
-        problem = draw_problem(self.rng, self.splits)
+        problem = self.mixture.draw(self.rng)
         chat = [{"role": "user", "content": self.game.prompt(problem)}]
         if two_turns:
             wrong = self.wrong_answer(problem)
@@ -158,11 +186,10 @@ class Data:
         return ids, labels
 
 
-def success(model, tokenizer, rule, split, n, seed=0):
-    game = env.GeneralPoints(rule)
-    problems = game.problems(split, n, seed)
+def played(model, tokenizer, game, problems):
+    "The texts of greedy answers."
     texts = []
-    for i in range(0, n, 400):
+    for i in range(0, len(problems), 400):
         chats = [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": game.prompt(p)}], tokenize=False, add_generation_prompt=True
@@ -172,7 +199,29 @@ def success(model, tokenizer, rule, split, n, seed=0):
         x = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
         out = model.generate(**x, max_new_tokens=48, do_sample=False)
         texts += tokenizer.batch_decode(out[:, x.input_ids.shape[1] :], skip_special_tokens=True)
-    return sum(game.verify(p, t).solved for p, t in zip(problems, texts)) / n
+    return texts
+
+
+def read_as_told(problem, text):
+    "(face cards whose number stands in the number line of an answer, face cards)."
+    line = text.split(";")[0].partition("=")[2].split()
+    faces = [i for i, card in enumerate(problem.cards) if card in env.FACES]
+    return sum(i < len(line) and line[i] == str(problem.numbers[i]) for i in faces), len(faces)
+
+
+def measured(model, tokenizer, mixture, split="validation", n=400):
+    "Success under each rule, and the share of face cards read as told."
+    row, target = {}, 24 if mixture.target == (24, 24) else mixture.target
+    model.eval()
+    for rule in env.RULES:
+        game = env.GeneralPoints(rule, target, mixture.largest)
+        problems = game.problems(split, n, 0)
+        texts = played(model, tokenizer, game, problems)
+        row[rule] = sum(game.verify(p, t).solved for p, t in zip(problems, texts)) / n
+        right, faces = map(sum, zip(*map(read_as_told, problems, texts)))
+        row[f"read_{rule}"] = round(right / faces, 4)
+    model.train()
+    return row
 
 
 CARD = """---
@@ -252,93 +301,136 @@ def write_card(out):
     print((out / "README.md").read_text())
 
 
-def main():
+def shares(text, key=str):
+    "A dictionary from 'name=share,name=share' or 'name:share,…'."
+    pairs = [part.replace(":", "=").split("=") for part in text.split(",")]
+    return {key(name): float(share) for name, share in pairs}
+
+
+def span(text):
+    "(low, high) from '24' or '1-30'."
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
+def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--minutes", type=float, default=22)
+    p.add_argument("--steps", type=int, help="instead of minutes: equal bits on one thread")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--mix", type=shares, help="shares of stated readings: ten=.35,rank=.40,random=.25; also free")
+    p.add_argument("--cards", type=lambda t: shares(t, int), help="shares of hands: 2:.06,3:.34,4:.60")
+    p.add_argument("--target", type=span, default=(24, 24), help="24 (and others beside it), or a range such as 1-30")
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--hidden", type=int, default=128)
-    p.add_argument("--every", type=float, default=3, help="minutes between evaluations")
-    p.add_argument(
-        "--card", action="store_true", help="only evaluate the model in --out on test hands, and write its card"
-    )
+    p.add_argument("--every", type=float, default=3, help="minutes between evaluations; steps, with --steps")
+    p.add_argument("--keep-every", type=int, help="steps between models that are kept, in OUT/step-00050 and so on")
+    p.add_argument("--keep-from", type=int, default=0, help="the first step at which a model is kept")
+    p.add_argument("--card", action="store_true", help="only test the model in --out and write its card")
     a = p.parse_args()
+    if unknown := set(a.mix or {}) - set(READINGS):
+        p.error(f"--mix knows no {', '.join(sorted(unknown))}: expected some of {', '.join(READINGS)}")
+    return a
+
+
+def new_model(tokenizer, hidden, layers):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=int(hidden * 2.5),
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_theta=10000.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.02,
+    )
+    return LlamaForCausalLM(config)
+
+
+def optimiser(model, lr):
+    matrices, others = ([w for w in model.parameters() if (w.ndim == 2) == two] for two in (True, False))
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+class Clock:
+    "How much of the training is done: steps of so many, or minutes of so many without the evaluations."
+
+    def __init__(self, a):
+        self.a, self.start, self.paused, self.due = a, time.time(), 0.0, a.every
+
+    def minutes(self):
+        return (time.time() - self.start - self.paused) / 60
+
+    def done(self, step):
+        return step / self.a.steps if self.a.steps else self.minutes() / self.a.minutes
+
+    def evaluates(self, step):
+        "Whether it is time for an evaluation."
+        if (step if self.a.steps else self.minutes()) < self.due:
+            return False
+        self.due += self.a.every
+        return True
+
+
+def train_step(model, opt, data, batch):
+    ids, labels = data.batch(batch)
+    at = labels[:, 1:] != -100
+    loss = torch.nn.functional.cross_entropy(model(input_ids=ids[:, :-1]).logits[at], labels[:, 1:][at])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad()
+    return loss.item()
+
+
+def main():
+    a = arguments()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     if a.card:
         return write_card(a.out)
     tokenizer = build_tokenizer()
-    size = len(tokenizer)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size,
-            hidden_size=a.hidden,
-            intermediate_size=int(a.hidden * 2.5),
-            num_hidden_layers=a.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            rope_theta=10000.0,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            initializer_range=0.02,
-        )
-    )
-    print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {size} words", flush=True)
-    groups = [
-        {"params": [w for w in model.parameters() if w.ndim == 2], "weight_decay": 0.1},
-        {"params": [w for w in model.parameters() if w.ndim < 2], "weight_decay": 0.0},
-    ]
-    opt = torch.optim.AdamW(groups, lr=a.lr, betas=(0.9, 0.98))
-    data = Data(tokenizer, a.seed)
-    start, step, paused, curve, due, running = time.time(), 0, 0.0, [], a.every, 0.0
-    while True:
-        done = (time.time() - start - paused) / 60 / a.minutes
-        if done >= 1:
-            break
+    model = new_model(tokenizer, a.hidden, a.layers)
+    print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokenizer)} words", flush=True)
+    given = {k: v for k, v in dict(mix=a.mix, cards=a.cards).items() if v}
+    mixture = Mixture(target=a.target, **given)
+    opt, data, clock = optimiser(model, a.lr), Data(tokenizer, a.seed, mixture), Clock(a)
+    step, curve, running = 0, [], 0.0
+    while (done := clock.done(step)) < 1:
         for g in opt.param_groups:
             g["lr"] = a.lr * min(1, (step + 1) / 100, max(0.0, (1 - done) / 0.7))
-        ids, labels = data.batch(a.batch)
-        at = labels[:, 1:] != -100
-        loss = torch.nn.functional.cross_entropy(model(input_ids=ids[:, :-1]).logits[at], labels[:, 1:][at])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        loss = train_step(model, opt, data, a.batch)
         step += 1
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
-        if (time.time() - start - paused) / 60 >= due:
-            pause = time.time()
-            model.eval()
-            due += a.every
-            row = dict(
-                minutes=round((pause - start - paused) / 60, 1),
-                step=step,
-                loss=round(running, 4),
-                **{r: success(model, tokenizer, r, "validation", 400) for r in env.RULES},
+        running = loss if step == 1 else 0.98 * running + 0.02 * loss
+        kept = a.keep_every and step >= a.keep_from and step % a.keep_every == 0
+        if clock.evaluates(step) or kept:
+            pause, minutes = time.time(), round(clock.minutes(), 1)
+            curve.append(
+                dict(minutes=minutes, step=step, loss=round(running, 4), **measured(model, tokenizer, mixture))
             )
-            model.train()
-            curve.append(row)
-            print(json.dumps(row), flush=True)
-            paused += time.time() - pause
-            save(a, model, tokenizer, curve, step)
+            print(json.dumps(curve[-1]), flush=True)
+            clock.paused += time.time() - pause
+            save(a, a.out / f"step-{step:05d}" if kept else a.out, model, tokenizer, curve, step)
     model.eval()
-    save(a, model, tokenizer, curve, step)
+    save(a, a.out, model, tokenizer, curve, step)
 
 
-def save(a, model, tokenizer, curve, step):
-    model.save_pretrained(a.out)
-    tokenizer.save_pretrained(a.out)
+def save(a, folder, model, tokenizer, curve, step):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
-    (a.out / "training.json").write_text(
-        json.dumps(dict(settings=settings, steps=step, examples=step * a.batch, curve=curve), indent=1) + "\n"
-    )
+    record = dict(settings=settings, steps=step, examples=step * a.batch, curve=curve)
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
