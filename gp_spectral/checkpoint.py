@@ -6,7 +6,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'Entry', 'read_header', 'Held', 'Checkpoint', 'Matrix', 'describe', 'layer_range', 'with_base',
-           'as_checkpoint', 'LowRank', 'preflight']
+           'as_checkpoint', 'LowRank', 'preflight', 'tell_apart']
 
 # %% ../nbs/03a_checkpoint.ipynb #22d4c190
 import hashlib
@@ -18,6 +18,7 @@ import shutil
 import struct
 import tempfile
 import warnings
+from copy import copy
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -317,7 +318,10 @@ def _finite(t, name, file):
 
 # %% ../nbs/03a_checkpoint.ipynb #1bb207ca
 @patch
-def entry(self: Checkpoint, name) -> Entry:
+def entry(
+    self: Checkpoint,
+    name,  # a tensor's name; a `CheckpointError` when there is none
+) -> Entry:  # or `Held`
     "Where the tensor `name` lies."
     if name not in self.entries:
         raise CheckpointError(f"{self.where} has no tensor {name!r}")
@@ -325,13 +329,19 @@ def entry(self: Checkpoint, name) -> Entry:
 
 
 @patch
-def shape(self: Checkpoint, name) -> tuple:
+def shape(
+    self: Checkpoint,
+    name,  # a tensor's name
+) -> tuple:
     "The shape of a tensor, without reading it."
     return self.entry(name).shape
 
 
 @patch
-def dtype(self: Checkpoint, name) -> torch.dtype:
+def dtype(
+    self: Checkpoint,
+    name,  # a tensor's name
+) -> torch.dtype:
     "The dtype a tensor is stored in, without reading it."
     return self.entry(name).dtype
 
@@ -469,8 +479,10 @@ _STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
 
 _PARTS = dict(q="q_proj", k="k_proj", v="v_proj", gate="gate_proj", up="up_proj")
 
-
-def describe(name) -> Matrix:
+# %% ../nbs/03a_checkpoint.ipynb #9723eca1
+def describe(
+    name,  # of a tensor, or of a part of one
+) -> Matrix:  # shape and view stay open
     "What a name alone tells about a tensor or a part of one: layer, kind, tensor, expert and head."
     tensor, *parts = name.split("[")
     parts, words = [p.rstrip("]") for p in parts], tensor.split(".")
@@ -1680,3 +1692,41 @@ def preflight(
             "Use checkpoints of one model."
         )
     return inside + notes + _dtypes(base, other)
+
+# %% ../nbs/03a_checkpoint.ipynb #8e599a7f
+def _identity(c):
+    return c.path.resolve() if c.path else id(c.model), _identity(c.base) if c.base else None
+
+
+def _renamed(c, label):
+    c = copy(c)
+    c.label = label
+    return c
+
+
+def _longer_labels(label, alike):
+    "{identity: label} for checkpoints that are labelled alike."
+    each = [c for same in alike.values() for c in same]
+    if all(c.path is None and c.label == type(c.model).__name__ for c in each):
+        return {who: f"{label} {i}" for i, who in enumerate(alike, 1)}
+    folders = {who[0] for who in alike}
+    if len(folders) < len(alike) or not all(c.path and c.label == c.path.resolve().name for c in each):
+        raise ValueError(
+            f"{len(alike)} checkpoints are labelled {label!r}: give each a label of its own, Checkpoint(folder, label)"
+        )
+    deepest = max(len(p.parts) for p in folders)
+    depth = next(d for d in range(2, deepest + 1) if len({p.parts[-d:] for p in folders}) == len(alike))
+    return {who: "/".join(who[0].parts[-depth:]).replace("//", "/") for who in alike}
+
+# %% ../nbs/03a_checkpoint.ipynb #981fe23c
+def tell_apart(
+    checkpoints,  # `Checkpoint`s, in any order; one may come twice
+) -> list:  # of `Checkpoint`s, renamed copies where need be
+    "The checkpoints under labels that differ; a `ValueError` where labels were given that do not."
+    groups, labels = {}, {}
+    for c in checkpoints:
+        groups.setdefault(c.label, {}).setdefault(_identity(c), []).append(c)
+    for label, alike in groups.items():
+        if len(alike) > 1:
+            labels |= _longer_labels(label, alike)
+    return [_renamed(c, labels[_identity(c)]) if _identity(c) in labels else c for c in checkpoints]

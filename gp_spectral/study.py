@@ -2037,8 +2037,7 @@ def _run_evaluate(a):
 
 def _run_spectrum(a):
     import pandas as pd
-    from gp_spectral.angles import tell_apart
-    from gp_spectral.checkpoint import as_checkpoint
+    from gp_spectral.checkpoint import as_checkpoint, tell_apart
     from gp_spectral.svd import plot_spectrum, spectrum
 
     cs = tell_apart([as_checkpoint(c) for c in a.checkpoints])
