@@ -9,9 +9,11 @@ __all__ = ['SPLIT', 'DRIVERS', 'SMALLER', 'CHECKPOINT_COLORS', 'CHECKPOINT_LINES
            'long_side', 'Factors', 'factorize', 'singular_values', 'time_drivers', 'choose_driver', 'choose_drivers',
            'use_drivers', 'cache_folder', 'FactorCache', 'one_thread', 'as_cache', 'short_factors', 'factors',
            'spectrum', 'effective_rank', 'stable_rank', 'relative_change', 'change_row', 'sigma_change', 'mp_quantiles',
-           'mp_distance', 'looks_untrained', 'checkpoint_style', 'plot_spectrum', 'plain_log', 'plot_sigma_change']
+           'mp_distance', 'looks_untrained', 'checkpoint_style', 'plot_spectrum', 'plain_log', 'plot_sigma_change',
+           'spectrum_arguments', 'run_spectrum']
 
 # %% ../nbs/03_svd.ipynb #e8783f19
+import argparse
 import os
 import platform
 import re
@@ -675,3 +677,35 @@ def plot_sigma_change(
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return ax
+
+# %% ../nbs/03_svd.ipynb #4b0ef6df
+def spectrum_arguments(
+    parser: argparse.ArgumentParser,  # of the command
+):
+    "What `gp-spectral spectrum` can be told."
+    add = parser.add_argument
+    names = "folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"
+    add("checkpoints", nargs="+", help=f"checkpoints: {names}")
+    add("--table", help="also write the rows to this .csv or .parquet file")
+    add("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")
+    add("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
+    add("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given")
+
+# %% ../nbs/03_svd.ipynb #40d74e3f
+def run_spectrum(
+    args: argparse.Namespace,  # as parsed with `spectrum_arguments`
+):
+    "Prints largest, median and smallest singular values; writes the rows and a picture where they are asked for."
+    cs = tell_apart([as_checkpoint(c) for c in args.checkpoints])
+    table = pd.concat([spectrum(c, args.kinds, args.layers) for c in cs])
+    each = table.groupby(["checkpoint", "matrix"], sort=False).sigma
+    sizes = each.agg(ranks="size", largest="max", median="median", smallest="min").reset_index()
+    print(sizes.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    if args.plot:
+        name = table.matrix.iloc[0]
+        ax = plot_spectrum(table, name, shape=cs[0].find(name).shape)
+        ax.figure.savefig(args.plot, dpi=150, bbox_inches="tight")
+        print(f"picture of {name} written to {args.plot}")
+    if args.table:
+        table.to_csv(args.table, index=False) if args.table.endswith(".csv") else table.to_parquet(args.table)
+        print(f"rows written to {args.table}")

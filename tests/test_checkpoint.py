@@ -18,7 +18,8 @@ from made import weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import checkpoint as module
-from gp_spectral.checkpoint import Checkpoint, CheckpointError, as_checkpoint, describe, preflight, with_base
+from gp_spectral.checkpoint import Checkpoint, as_checkpoint, describe, preflight, with_base
+from gp_spectral.folders import CheckpointError
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="peft")
