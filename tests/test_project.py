@@ -145,7 +145,8 @@ def test_readme_renders_cells():
         "cells": [
             cell(
                 "markdown",
-                "# Title\n\nSee [angles](04_angles.ipynb#bands), `[this](04_angles.ipynb)` and ![bars](images/bars.png).",
+                "# Title\n\nSee [angles](04_angles.ipynb#bands), `[this](04_angles.ipynb)` "
+                "and ![bars](images/bars.png).",
             ),
             cell("code", "#| hide\nimport secret"),
             cell("code", "#| eval: false\n1 + 1", dict(output_type="execute_result", data={"text/plain": ["2"]})),
