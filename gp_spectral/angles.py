@@ -109,15 +109,15 @@ def random_angles(
     draws=8,  # pairs of subspaces drawn
 ) -> np.ndarray:  # (draws, k) radians, each row ascending; read-only, remembered
     "Principal angles between independent random subspaces: the baseline beside every measured angle."
-    g, found = torch.Generator().manual_seed(seed), []
+    g, sets = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         B = torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64))[0]
         angles = torch.acos(torch.linalg.svdvals(B[:k]).clamp(max=1))
         angles[: forced_zeros(n, k)] = 0
-        found.append(angles.numpy())
-    found = np.stack(found)
-    found.setflags(write=False)
-    return found
+        sets.append(angles.numpy())
+    sets = np.stack(sets)
+    sets.setflags(write=False)
+    return sets
 
 # %% ../nbs/04_angles.ipynb #4b9a2be5
 SIGNIFICANT_BITS = {

@@ -1224,8 +1224,8 @@ def _same_name(name, entries, loose):
     if not loose:
         for n in entries:
             loose.setdefault(tuple(w for w in n.split(".") if w not in _OUTER), []).append(n)
-    found = loose.get(tuple(w for w in name.split(".") if w not in _OUTER), [])
-    return found[0] if len(found) == 1 else None
+    alike = loose.get(tuple(w for w in name.split(".") if w not in _OUTER), [])
+    return alike[0] if len(alike) == 1 else None
 
 # %% ../nbs/03a_checkpoint.ipynb #f0b9036a
 @patch
@@ -1298,9 +1298,9 @@ def _open_adapter(self: Checkpoint, base):
 @patch
 def _place(self: Checkpoint, name, c, loose, file):
     "The tensor that an adapter's `name` means, added where the base keeps its output head tied."
-    found = _same_name(name, self.entries, loose)
-    if found:
-        return found
+    known = _same_name(name, self.entries, loose)
+    if known:
+        return known
     word = self._word_table()
     if (
         name.split(".")[-2] in _EMBED
@@ -1315,8 +1315,8 @@ def _place(self: Checkpoint, name, c, loose, file):
 @patch
 def _word_table(self: Checkpoint):
     "The name of the only word table of a decoder-only base, or None."
-    found = [n for n in self.base.entries if n.endswith(".weight") and n.split(".")[-2] in _WORDS]
-    return found[0] if len(found) == 1 and not self.base._two_stacks else None
+    known = [n for n in self.base.entries if n.endswith(".weight") and n.split(".")[-2] in _WORDS]
+    return known[0] if len(known) == 1 and not self.base._two_stacks else None
 
 # %% ../nbs/03a_checkpoint.ipynb #07728062
 def _is_saved_whole(name, config):
@@ -1568,9 +1568,9 @@ def _merge_into(self: Checkpoint, folder):
         for file in set(home.values()):
             _rewrite(file, {n: t for n, t in added.items() if home[n] == file})
         if (index := folder / "model.safetensors.index.json").is_file():
-            found = _read_json(index)
-            found["weight_map"] |= {n: f.name for n, f in home.items()}
-            index.write_text(json.dumps(found, indent=2))
+            told = _read_json(index)
+            told["weight_map"] |= {n: f.name for n, f in home.items()}
+            index.write_text(json.dumps(told, indent=2))
     if self.config != self.base.config:
         (folder / "config.json").write_text(json.dumps(self.config, indent=2))
 
@@ -1682,8 +1682,8 @@ def preflight(
     "Checks that two checkpoints have the same tensors in the same shapes; a `CheckpointError` lists every mismatch."
     base, other = as_checkpoint(base), as_checkpoint(other)
     kinds = {kinds} if isinstance(kinds, str) else set(kinds or ())
-    found = [_lacking(base, other), _lacking(other, base), _reshaped(base, other, kinds)]
-    (wrong, notes), inside = (sum(lists, []) for lists in zip(*found)), _configured(base, other)
+    three = [_lacking(base, other), _lacking(other, base), _reshaped(base, other, kinds)]
+    (wrong, notes), inside = (sum(lists, []) for lists in zip(*three)), _configured(base, other)
     if wrong:
         more = [f"... and {len(wrong) - 200} more"] if len(wrong) > 200 else []
         shown = "\n  ".join([*wrong[:200], *more, *(f"config: {t}" for t in inside)])

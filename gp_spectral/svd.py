@@ -549,9 +549,9 @@ def _mp_quantiles(m, n):
     x = 1 + c - 2 * np.sqrt(c) * np.cos(phi)  # from x₋ to x₊
     density = np.divide(2 * np.sin(phi) ** 2, np.pi * x, out=np.full_like(x, 2 / np.pi), where=x > 1e-12)
     cdf = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(phi))])
-    found = np.sqrt(m * np.interp((np.arange(n, 0, -1) - 0.5) / n, cdf / cdf[-1], x))
-    found.setflags(write=False)
-    return found
+    expected = np.sqrt(m * np.interp((np.arange(n, 0, -1) - 0.5) / n, cdf / cdf[-1], x))
+    expected.setflags(write=False)
+    return expected
 
 
 def mp_quantiles(
