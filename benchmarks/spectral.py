@@ -310,20 +310,9 @@ def scale(a):
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         out, log = Path(tmp) / "comparison", Path(tmp) / "log"
         with open(log, "w") as f:
+            options = "--cache none --workers 1 --device cpu".split()
             run = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "gp_spectral.angles",
-                    *map(str, pair),
-                    "--out",
-                    str(out),
-                    "--no-cache",
-                    "--workers",
-                    "1",
-                    "--device",
-                    "cpu",
-                ],
+                [sys.executable, "-m", "gp_spectral", "compare", *map(str, pair), "--out", str(out), *options],
                 stdout=f,
                 stderr=f,
                 cwd=ROOT,
