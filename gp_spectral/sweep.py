@@ -166,14 +166,12 @@ def _growing(known, target, steps, factors, sigma, anew):
             yield step.k, anew(step) if turn and size else total.to(target.dtype, copy=True)
 
 # %% ../nbs/05a_sweep.ipynb #1d678b20
-def _can_be_sized(method):
+def _can_be_sized(method, done="swept"):
     "The method, if ranks make it larger and smaller; a `ValueError` when not."
     known = find_method(method)
     if not known.sized:
         able = ", ".join(m.name for m in METHODS.values() if m.sized)
-        raise ValueError(
-            f"method {method!r} cannot be swept or searched, as it restores no ranks: expected one of {able}"
-        )
+        raise ValueError(f"method {method!r} cannot be {done}, as it restores no ranks: expected one of {able}")
     return known
 
 # %% ../nbs/05a_sweep.ipynb #4d77cf9d
@@ -570,7 +568,7 @@ _BANDS = {name: ranks for name, ranks in SWEEP_BANDS.items() if len(ranks) == 1}
 
 
 def _check_search(method, bands, goal, budget, steps, slack):
-    _can_be_sized(method)
+    _can_be_sized(method, "searched")
     if not bands or set(bands) - set(_BANDS) or len(set(bands)) < len(bands):
         raise ValueError(f"bands = {bands}: expected some of {', '.join(_BANDS)}, each once")
     if not math.isfinite(goal):
@@ -719,7 +717,7 @@ def _option(text):
 def _common(parser, out, required=True, method="anchored", sized=False):
     "The arguments that all three commands have."
     a = parser.add_argument
-    parser.formatter_class, parser.epilog = _Help, methods_text(sized).replace("%", "%%")
+    parser.formatter_class, parser.epilog = _Help, methods_text(sized)
     a("target", help="the checkpoint to repair, a folder, a hub name or 'tiny'; it is only read")
     a("--donor", required=True, help="the checkpoint that directions come from")
     a("--base", help="what an adapter is laid over, where it is not to be found under the name in adapter_config.json")
