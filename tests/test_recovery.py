@@ -28,7 +28,6 @@ from gp_spectral.recovery import (
     edit_matrix,
     interpolate,
     lora_factors,
-    method,
     plot_recovery,
     random_merge,
     recover,
@@ -1013,7 +1012,7 @@ def shrunk(t, d, taken, strength):
 def soft(methods):
     "Two methods with an option of their own: the same edit, thin and dense."
 
-    @method("soft_thin", label="soft (thin)", color="#123456", marker="^", line="-.", top=0.3)
+    @recovery.method("soft_thin", label="soft (thin)", color="#123456", marker="^", line="-.", top=0.3)
     def soft_thin(
         W,
         target,
@@ -1029,7 +1028,7 @@ def soft(methods):
         kept = target.U[:, taken] * -target.s[taken]
         return Edit(torch.cat([U * s, kept], 1), torch.cat([V.T, target.Vh[taken]]))
 
-    @method("soft_dense", top="2r")
+    @recovery.method("soft_dense", top="2r")
     def soft_dense(W, target, donor, taken, *, strength: float, seed=0):
         "Does it to the whole matrix."
         U, V = shrunk(target, donor, taken, strength)
@@ -1113,7 +1112,7 @@ def test_a_method_of_ones_own_on_the_command_line(folders, tmp_path, capsys, sof
     assert record["options"]["strength"] == 0.1 and record["top"] == 0.2
     assert run("sweep", "--option", "strength=0.1", "--ks", "1r", "20%") == 2  # shares, or numbers?
     assert run("sweep", "--option", "strength=0.1", "--ks", "1r", "3") == 0
-    count = f"import json; print(json.load(open('{{folder}}/recovery.json'))['restored'])"
+    count = "import json; print(json.load(open('{folder}/recovery.json'))['restored'])"
     words = ["--score", f'{sys.executable} -c "{count}"', "--goal", "12", "--budget", "8", "--bands", "head"]
     assert run("search", "--out", str(tmp_path / "s"), "--option", "strength=1", *words) == 0
     capsys.readouterr()
@@ -1198,21 +1197,21 @@ def test_what_cannot_be_a_method(methods):
         ("strength needs another name, or a type", "x", lambda W, t, d, taken, *, strength: W),
     ):
         with pytest.raises(ValueError, match=match):
-            method(name)(function)
+            recovery.method(name)(function)
     with pytest.raises(ValueError, match="ambiguous"):
-        method("x", top=1)(lambda W, t, d, taken: W)
+        recovery.method("x", top=1)(lambda W, t, d, taken: W)
     assert "x" not in methods
 
 
 def test_a_method_that_gives_something_else(checkpoints, tmp_path, methods):
     target, donor = checkpoints
-    method("wrong")(lambda W, t, d, taken: W[:3])
+    recovery.method("wrong")(lambda W, t, d, taken: W[:3])
     with pytest.raises(CheckpointError, match=r"q_proj.weight: method 'wrong' changed the shape"):
         recover(target, donor, tmp_path / "x", "wrong", kinds="q_proj", progress=False)
-    method("wrong")(lambda W, t, d, taken: Edit(W[:3], W))
+    recovery.method("wrong")(lambda W, t, d, taken: Edit(W[:3], W))
     with pytest.raises(CheckpointError, match="changed the shape"):
         recover(target, donor, tmp_path / "x", "wrong", kinds="q_proj", progress=False)
-    method("wrong")(lambda W, t, d, taken: None)
+    recovery.method("wrong")(lambda W, t, d, taken: None)
     with pytest.raises(TypeError, match="gave NoneType: expected an Edit or a tensor"):
         edit_matrix("wrong", *pair(6, 5))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["donor", "target"]
@@ -1221,12 +1220,12 @@ def test_a_method_that_gives_something_else(checkpoints, tmp_path, methods):
 def test_a_method_may_take_the_place_of_ours(checkpoints, tmp_path, methods):
     "The table is asked, and no list of names."
     target, donor = checkpoints
-    method("uv", ranks=False)(lambda W, t, d, taken, *, donor_matrix: donor_matrix)
+    recovery.method("uv", ranks=False)(lambda W, t, d, taken, *, donor_matrix: donor_matrix)
     record = recovery_record(recover(target, donor, tmp_path / "own", "uv", progress=False))[0]
     assert record["edit_norm"] == pytest.approx(1.0, rel=1e-3) and record["options"] == {}
     with pytest.raises(ValueError, match="cannot be swept"):
         sweep(target, donor, method="uv", progress=False)
-    method("uv")(lambda W, t, d, taken: 0 * W)
+    recovery.method("uv")(lambda W, t, d, taken: 0 * W)
     table = sweep(target, donor, (0.1,), "uv", progress=False)
     assert table.energy_change[0] == 1.0 and table.edit_norm[0] > 2  # made anew, not from terms of the method that was
 
