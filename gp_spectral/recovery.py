@@ -9,8 +9,8 @@ __all__ = ['GIVEN', 'LIKE', 'METHODS', 'WHOSE', 'ANCHORED', 'SYMMETRIC', 'CHUNK'
            'taken_ranks', 'Edit', 'Option', 'Steps', 'Method', 'method', 'load_methods', 'find_method',
            'method_options', 'check_pair', 'edit_matrix', 'edit_factors', 'uv_merge', 'symmetric_merge',
            'anchored_merge', 'direct_rotation', 'sigma_only', 'interpolate', 'interpolate_to_norm', 'random_merge',
-           'certificate', 'new_folder', 'Repair', 'options_for', 'bar', 'prepare', 'recover', 'root_of_squares',
-           'whole_way', 'write_record', 'recovery_record', 'lora_factors', 'plot_recovery']
+           'certificate', 'new_folder', 'Repair', 'options_for', 'progress_bar', 'prepare', 'recover',
+           'root_of_squares', 'whole_way', 'write_record', 'recovery_record', 'lora_factors', 'plot_recovery']
 
 # %% ../nbs/05_recovery.ipynb #a96125da
 import difflib
@@ -364,7 +364,8 @@ def method_options(
 
 def _check_like(like):
     "A method can lend its size when it restores ranks and needs no telling."
-    able = [m.name for m in METHODS.values() if m.ranks and not any(o.required for o in m.options.values())]
+    known = METHODS if like in METHODS else load_methods()
+    able = [m.name for m in known.values() if m.ranks and not any(o.required for o in m.options.values())]
     if like not in able:
         raise ValueError(f"like = {like!r}: expected 'donor' (the whole way) or one of {', '.join(able)}")
 
@@ -1109,7 +1110,7 @@ def options_for(
     return job.options | dict(seed=int.from_bytes(seed[:6], "big"))
 
 
-def bar(
+def progress_bar(
     job,  # `Repair`
     unit="matrix",
 ) -> dict:  # keyword arguments for `tqdm`
@@ -1206,7 +1207,7 @@ def _copy_layers(job, part):
     tensors = [m for m in map(describe, goal.names) if m.layer in chosen and (not kinds or m.kind in kinds)]
     if not tensors:
         raise CheckpointError(f"{target.path} has no tensor of the kinds {kinds} in layers {sorted(chosen)}")
-    return list(job.method.function(goal, target, job.donor, tqdm(tensors, **bar(job, "tensor"))))
+    return list(job.method.function(goal, target, job.donor, tqdm(tensors, **progress_bar(job, "tensor"))))
 
 # %% ../nbs/05_recovery.ipynb #6b9387a8
 def _edit_into(job, part, workers):
@@ -1216,7 +1217,7 @@ def _edit_into(job, part, workers):
     shapes, rows = [m.shape for m in job.matrices], {}
     # an edit and its certificate hold about twice what a comparison does
     workers = workers or _workers(shapes, len(shapes), size=math.inf, checkpoints=4)
-    with one_thread(), ThreadPoolExecutor(workers) as pool, tqdm(total=len(shapes), **bar(job)) as shown:
+    with one_thread(), ThreadPoolExecutor(workers) as pool, tqdm(total=len(shapes), **progress_bar(job)) as shown:
         waiting = {pool.submit(lambda m: _certified(job, m, _edited(job, m)), m): i for i, m in enumerate(job.matrices)}
         try:
             for future in as_completed(waiting):
@@ -1583,7 +1584,7 @@ def _adapter_config(target, ranks, conv):
 def _lora_parts(job, rank, dtype):
     "(rows, tensor -> its factors [(B, A)]), a matrix at a time."
     rows, parts = [], {}
-    for m in tqdm(job.matrices, **bar(job)):
+    for m in tqdm(job.matrices, **progress_bar(job)):
         row, B, A = _lora_part(job, m, rank, dtype)
         rows.append(row)
         if B.shape[1]:

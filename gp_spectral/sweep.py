@@ -12,9 +12,9 @@ __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'Searc
 from .angles import Defaults, _norm
 from .checkpoint import Checkpoint, CheckpointError, with_base
 from .svd import factorize, singular_values
-from .recovery import ANCHORED, Ranks, bar, check_pair, chosen_ranks, edit_matrix, find_method, load_methods
-from .recovery import METHODS, method_options, new_folder, options_for, prepare, recover, recovery_record
-from .recovery import root_of_squares, share_or_ranks, taken_ranks, whole_way, write_record
+from .recovery import ANCHORED, METHODS, Ranks, check_pair, chosen_ranks, edit_matrix, find_method
+from .recovery import load_methods, method_options, new_folder, options_for, prepare, progress_bar, recover
+from .recovery import recovery_record, root_of_squares, share_or_ranks, taken_ranks, whole_way, write_record
 
 # %% ../nbs/05a_sweep.ipynb #f18e9bd4
 import argparse
@@ -245,7 +245,7 @@ def _sweep_rows(job, m, ks, band):
 def _swept(job, ks, band, whole, folders):
     "(table, rows of all matrices); what changed is written into `folders`, k -> folder."
     found = []
-    for m in tqdm(job.matrices, **bar(job)):
+    for m in tqdm(job.matrices, **progress_bar(job)):
         for k, after, row in _sweep_rows(job, m, ks, band):
             if row["changed"] and k in folders:
                 job.target.write(folders[k], m, after)
