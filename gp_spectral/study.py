@@ -1467,7 +1467,7 @@ def plot_recovery_bars(tables, ax=None):
     "Share of the lost OOD success that each edit gives back, at the study's band: gain over all seeds by loss over all seeds, with its 95 % interval; dots are seeds."
     import matplotlib.pyplot as plt
     from matplotlib.patheffects import withStroke
-    from gp_spectral.recovery import METHOD_STYLES
+    from gp_spectral.recovery import METHODS
 
     ax, n, band = (
         ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1],
@@ -1480,7 +1480,7 @@ def plot_recovery_bars(tables, ax=None):
         rows = n.gain_and_loss(edit)
         share, low, high, _ = fieller(*two_way(rows, ["gain", "loss"]))
         seeds = rows.groupby("seed")[["gain", "loss"]].mean()
-        ax.bar(i, 100 * share, color=METHOD_STYLES[method][0], width=0.7, alpha=0.75, edgecolor="0.2", linewidth=0.6)
+        ax.bar(i, 100 * share, color=METHODS[method].color, width=0.7, alpha=0.75, edgecolor="0.2", linewidth=0.6)
         if math.isfinite(low):
             ax.vlines(
                 i,

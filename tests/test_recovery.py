@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import made
 from made import changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import load_file, save_file
 
@@ -19,14 +20,21 @@ from gp_spectral import recovery
 from gp_spectral.angles import principal_angles
 from gp_spectral.recovery import (
     METHODS,
+    Edit,
+    Ranks,
     certificate,
     chosen_ranks,
     edit_factors,
     edit_matrix,
+    interpolate,
     lora_factors,
     plot_recovery,
+    random_merge,
     recover,
     recovery_record,
+    share_or_ranks,
+    taken_ranks,
+    whole_way,
 )
 from gp_spectral import sweep as sweeping
 from gp_spectral.sweep import score_command, search, sweep, sweep_matrix
@@ -34,6 +42,7 @@ from gp_spectral.checkpoint import Checkpoint, CheckpointError
 from gp_spectral.svd import Factors, factorize, singular_values
 
 torch.set_num_threads(1)
+checkpoints = made.checkpoints  # the fixture
 ISOSPECTRAL = ("anchored", "symmetric", "direct")
 SPECTRAL = ("uv", *ISOSPECTRAL)
 
@@ -149,7 +158,7 @@ def test_thin_edits_equal_the_dense_definition(method, m, n, size):
         (0.1, 0.1, 0.3),
         (1.0, 0.0, 0.0),
         (0.7, 0.0, 0.0),
-        (1, 0, 0),
+        ("1r", 0, 0),
     ):
         if r == 1 and (tail or bulk) and top:
             continue
@@ -180,7 +189,7 @@ def test_direct_rotation_equals_the_dense_definition(m, n):
             U, V, expected = Ru @ U, Rv @ V, Ru @ expected @ Rv.T
         sizes = [b.stop - b.start for b in bands] + [0, 0]
         top, bulk, tail = (sizes[0], 0, sizes[1]) if len(bands) < 3 else sizes[:3]
-        e = edit_factors("direct", target, donor, top, tail, bulk, factors=(t, d))
+        e = edit_factors("direct", target, donor, *map(Ranks, (top, tail, bulk)), factors=(t, d))
         torch.testing.assert_close(target + e.L @ e.R, expected, rtol=0, atol=1e-11)
         torch.testing.assert_close(product(e.meant()), expected, rtol=0, atol=1e-11)
     assert (METHODS["direct"](target, donor, 6) - target).norm() < (
@@ -192,7 +201,7 @@ def test_direct_rotation_equals_the_dense_definition(m, n):
 def test_uv_merge_is_the_published_formula(m, n):
     target, donor = pair(m, n)
     (U, s, V), (Ud, sd, Vd) = factorize(target), factorize(donor)
-    for k in (1, 4, min(m, n)):
+    for k in map(Ranks, (1, 4, min(m, n))):
         rebuilt = torch.cat([Ud[:, :k], U[:, k:]], 1) @ torch.diag(s) @ torch.cat([Vd[:k], V[k:]])
         torch.testing.assert_close(METHODS["uv"](target, donor, k), rebuilt, rtol=0, atol=1e-12)
         rebuilt += Ud[:, :k] @ torch.diag(sd[:k] - s[:k]) @ Vd[:k]
@@ -207,7 +216,7 @@ def test_uv_merge_is_the_published_formula(m, n):
         (0.0, 0.3, 0.0),
         (0.2, 0.2, 0.0),
         (1.0, 0.0, 0.0),
-        (1, 0, 0),
+        (Ranks(1), 0, 0),
         (0.2, 0.2, 0.2),
         (0.0, 0.0, 0.4),
         (0.5, 0.5, 0.0),
@@ -222,7 +231,7 @@ def test_isospectral(method, m, n, top, tail, bulk):
     torch.testing.assert_close(singular_values(after), singular_values(target), rtol=1e-10, atol=1e-13)
     found = certificate(target, after, donor, top, tail, bulk=bulk)
     if method != "symmetric":
-        assert found["head_angle"] < 1e-8 <= found["head_angle_before"] or top == 1.0 or n == 1
+        assert found["head_angle"] < 1e-8 <= found["head_angle_before"] or top == 1 or n == 1
     assert found["sigma_change"] < 1e-10 and found["changed"] > 0
 
 
@@ -235,7 +244,7 @@ def test_how_thin_the_edits_are():
         ("direct", 4, 2),
         ("sigma_only", 1, 1),
     ):
-        for k in (1, 5):
+        for k in map(Ranks, (1, 5)):
             L, R, _ = edit_factors(method, target, donor, k)
             assert (
                 L.shape == (60, columns * k)
@@ -295,7 +304,7 @@ def test_sign_invariance(method):
 
 @pytest.mark.parametrize("method", SPECTRAL)
 def test_permutation_inside_a_band(method):
-    "Two directions that change places within the head leave the others alone, and the subspace methods do not notice in the angles."
+    "Two directions that change places within the head leave the others alone; subspace methods do not notice."
     d = factorize(trained(40, 30))
     order = torch.arange(30)
     order[[1, 4]] = order[[4, 1]]
@@ -384,7 +393,7 @@ def test_nothing_to_restore_and_dtypes(method, dtype):
 
 
 def test_bands_that_do_not_fit():
-    assert chosen_ranks(7, 0.5, 0.5) == (4, 3, 0) and chosen_ranks(9, 1, 1, 7) == (1, 1, 7)
+    assert chosen_ranks(7, 0.5, 0.5) == (4, 3, 0) and chosen_ranks(9, "1r", "1r", 7) == (1, 1, 7)
     for bad, match in (
         (dict(top=1.5), "top"),
         (dict(top=-0.1), "top"),
@@ -394,7 +403,8 @@ def test_bands_that_do_not_fit():
         (dict(top=0, bulk=True), "bulk"),
         (dict(top=0.5, bulk=0.2), "overlap"),
         (dict(top=0, tail=0.5, bulk=0.2), "overlap"),
-        (dict(top=1, bulk=20), "overlap"),
+        (dict(top=Ranks(1), bulk=20), "overlap"),
+        (dict(top=1), "write 100% .*, 1r for one"),
     ):
         for method in SPECTRAL:
             with pytest.raises(ValueError, match=match):
@@ -410,7 +420,7 @@ def test_bands_that_do_not_fit():
     with pytest.raises(ValueError, match="floating-point"):
         METHODS["uv"](torch.ones(4, 4, dtype=torch.int32), torch.ones(4, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="no thin edit"):
-        edit_factors("interpolate", *pair(4, 4))
+        edit_factors("interpolate", *pair(4, 4), options=dict(alpha=0.5))
 
 
 # --- controls and certificates
@@ -419,8 +429,9 @@ def test_bands_that_do_not_fit():
 def test_controls():
     target, donor = pair(40, 30)
     way = (donor - target).norm()
-    torch.testing.assert_close(METHODS["interpolate"](target, donor, 1.0), donor)
-    assert torch.equal(METHODS["interpolate"](target, donor, 0.0), target)
+    torch.testing.assert_close(interpolate(target, donor, 1.0), donor)
+    assert torch.equal(interpolate(target, donor, 0.0), target)
+    assert torch.equal(METHODS["interpolate"](target, donor, alpha=0.3), interpolate(target, donor, 0.3))
     size = (METHODS["uv"](target, donor, 0.2) - target).norm()
     for method in ("interpolate_to_norm", "random"):
         torch.testing.assert_close(
@@ -428,15 +439,18 @@ def test_controls():
         )
         torch.testing.assert_close((edit_matrix(method, target, donor, like="donor", seed=1) - target).norm(), way)
     torch.testing.assert_close(edit_matrix("interpolate_to_norm", target, donor, like="donor"), donor)
-    assert not torch.equal(METHODS["random"](target, donor, 1.0, seed=0), METHODS["random"](target, donor, 1.0, seed=1))
+    assert not torch.equal(random_merge(target, donor, 1.0, seed=0), random_merge(target, donor, 1.0, seed=1))
+    for seed in (0, 1):
+        noise = random_merge(target, donor, 1.0, seed=seed)
+        assert torch.equal(METHODS["random"](target, donor, norm=1.0, seed=seed), noise)
     torch.testing.assert_close(singular_values(METHODS["sigma_only"](target, donor)), singular_values(donor))
-    assert certificate(target, METHODS["interpolate"](target, donor, 0.25), donor)["edit"] == pytest.approx(
-        0.25 * float(way)
-    )
+    assert certificate(target, interpolate(target, donor, 0.25), donor)["edit"] == pytest.approx(0.25 * float(way))
     with pytest.raises(ValueError, match="like"):
         edit_matrix("random", target, donor, like="interpolate")
     with pytest.raises(ValueError, match="alpha"):
-        METHODS["interpolate"](target, donor, None)
+        interpolate(target, donor, None)
+    with pytest.raises(ValueError, match="alpha"):
+        METHODS["interpolate"](target, donor)
 
 
 def test_uv_merge_is_not_isospectral():
@@ -488,7 +502,7 @@ def test_factors_that_were_stored_in_float32():
 # --- folders
 
 
-@pytest.mark.parametrize("method", [*METHODS, "reset"])
+@pytest.mark.parametrize("method", METHODS)
 def test_recover(checkpoints, tmp_path, method):
     target, donor = checkpoints
     out = recover(target, donor, tmp_path / "out", method, top=0.2, alpha=0.5, layers="first 2", progress=False)
@@ -531,7 +545,7 @@ def test_equal_norm_controls_match_each_matrix(checkpoints, tmp_path):
 @pytest.mark.parametrize("method", ["interpolate_to_norm", "random"])
 @pytest.mark.parametrize("top", [0.05, 0.2, 0.4])
 def test_equal_norm_is_equal_as_stored(dtype, method, top):
-    "Of checkpoints half a per cent apart, elements differ by about one unit in the last place: a rounded straight line misses the norm by a fifth."
+    "Half a per cent apart, elements differ by about one unit: a rounded straight line misses the norm by a fifth."
     W = trained(160, 120)
     D = gaussian(160, 120, seed=3)
     target, donor = W.to(dtype), (W + 0.005 * W.norm() / D.norm() * D).to(dtype)
@@ -601,12 +615,12 @@ def test_the_whole_way_goes_by_rows(tmp_path, monkeypatch):
     for chunk in (1, 50, 10**9):
         monkeypatch.setattr(recovery, "CHUNK", chunk)
         seen.clear()
-        assert recovery._whole_way(target, donor) == pytest.approx(truth, rel=1e-12)
+        assert whole_way(target, donor) == pytest.approx(truth, rel=1e-12)
         assert chunk == 10**9 or max(seen) <= max(chunk, 40)  # never more than the chunk, or one row
     read, tensor = [], Checkpoint.tensor
     monkeypatch.setattr(Checkpoint, "tensor", lambda c, n, *a, **k: read.append(n) or tensor(c, n, *a, **k))
     known = {n: 0.0 for n in target.names[1:]}
-    recovery._whole_way(target, donor, known)
+    whole_way(target, donor, known)
     assert set(read) == {target.names[0]}
 
 
@@ -614,12 +628,12 @@ MEASURE = """
 import sys, torch; torch.set_num_threads(1)
 from pathlib import Path
 from gp_spectral.checkpoint import Checkpoint
-from gp_spectral.recovery import _whole_way
+from gp_spectral.recovery import whole_way
 def resident(what): return int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) << 10
 pair = [Checkpoint(f) for f in sys.argv[1:]]
-_whole_way(*pair, {n: 0.0 for n in pair[0].names if "embed" in n})          # first calls
+whole_way(*pair, {n: 0.0 for n in pair[0].names if "embed" in n})          # first calls
 Path("/proc/self/clear_refs").write_text("5"); start = resident("VmRSS")
-_whole_way(*pair); print(resident("VmHWM") - start)
+whole_way(*pair); print(resident("VmHWM") - start)
 """
 
 
@@ -726,7 +740,7 @@ def test_cache_and_quick_certificates_change_no_byte(checkpoints, tmp_path, sigm
         )
     settings, table = recovery_record(outs[1])
     assert (
-        settings["sigma"] == sigma
+        settings["options"] == dict(sigma=sigma)
         and settings["bulk"] == 0.1
         and table.head_angle.isna().all()
         and table.sigma_bound.notna().all()
@@ -975,20 +989,298 @@ def test_overflow_is_refused(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_new_method_is_one_function_and_one_entry(checkpoints, tmp_path, monkeypatch):
+# --- methods of one's own
+
+
+@pytest.fixture
+def methods():
+    "The table, which a test may add to."
+    before = dict(METHODS)
+    yield METHODS
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def shrunk(t, d, taken, strength):
+    "The chosen directions a part of their way to the donor's, made orthonormal again."
+    sides = ((t.U[:, taken], d.U[:, taken]), (t.Vh[taken].T, d.Vh[taken].T))
+    parts = [torch.linalg.qr(T + strength * (D * (T * D).sum(0).sign() - T)) for T, D in sides]
+    return [Q * R.diagonal().sign() for Q, R in parts]
+
+
+@pytest.fixture
+def soft(methods):
+    "Two methods with an option of their own: the same edit, thin and dense."
+
+    @recovery.method("soft_thin", label="soft (thin)", color="#123456", marker="^", line="-.", top=0.3)
+    def soft_thin(
+        W,
+        target,
+        donor,
+        taken,
+        *,
+        strength=0.5,  # 0: the target, 1: the donor's directions
+        flip: bool = False,  # whether signs are turned
+    ):
+        "Turns directions a part of the way."
+        U, V = shrunk(target, donor, taken, strength)
+        s = target.s[taken] * (-1 if flip else 1)
+        kept = target.U[:, taken] * -target.s[taken]
+        return Edit(torch.cat([U * s, kept], 1), torch.cat([V.T, target.Vh[taken]]))
+
+    @recovery.method("soft_dense", top="2r")
+    def soft_dense(W, target, donor, taken, *, strength: float, seed=0):
+        "Does it to the whole matrix."
+        U, V = shrunk(target, donor, taken, strength)
+        return W + (U * target.s[taken]) @ V.T - (target.U[:, taken] * target.s[taken]) @ target.Vh[taken]
+
+    return methods
+
+
+def test_a_method_of_ones_own_edits_a_matrix(soft):
+    target, donor = pair(40, 30)
+    thin = edit_matrix("soft_thin", target, donor, "20%", options=dict(strength=0.7))
+    dense = soft["soft_dense"](target, donor, 0.2, options=dict(strength="0.7"))
+    torch.testing.assert_close(thin, dense, rtol=0, atol=1e-12)
+    assert edit_factors("soft_thin", target, donor).L.shape == (40, 18)  # its own default: 0.3 of 30, twice
+    for name in ("soft_thin", "soft_dense"):
+        own = dict(options=dict(strength=0.7))
+        assert torch.equal(soft[name](target, donor, 0.0, **own), target)
+        assert torch.equal(soft[name](target, target, 0.2, **own), target)
+        half = soft[name](target.bfloat16(), donor.bfloat16(), **own)
+        assert half.dtype == torch.bfloat16 and not torch.equal(half, target.bfloat16())
+    with pytest.raises(ValueError, match="no thin edit"):
+        edit_factors("soft_dense", target, donor, options=dict(strength=0.7))
+    edit = edit_factors("soft_thin", target, donor)
+    for certify in ("full", "quick"):
+        found = certificate(target, target + edit.L @ edit.R, donor, edit=edit, certify=certify)
+        assert found["sigma_bound"] is not None and found["orthogonality"] < 1e-9
+        assert certify == "quick" or found["sigma_change_of_norm"] <= found["sigma_bound"] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["soft_thin", "soft_dense"])
+def test_a_method_of_ones_own_in_recover_and_sweep(checkpoints, tmp_path, soft, name):
     target, donor = checkpoints
-    monkeypatch.setitem(
-        METHODS, "halfway", lambda target, donor, top: ((target.double() + donor.double()) / 2).to(target.dtype)
+    own = dict(options=dict(strength=0.1))
+    record, rows = recovery_record(recover(target, donor, tmp_path / "o", name, progress=False, **own))
+    assert record["top"] == (0.3 if name == "soft_thin" else "2r") and record["options"]["strength"] == 0.1
+    more = recovery_record(recover(target, donor, tmp_path / "m", name, options=dict(strength=0.9), progress=False))[0]
+    assert 0 < record["edit_norm"] < more["edit_norm"] and record["restored"] == rows.restored.sum() > 0
+    assert rows.sigma_bound.notna().all() == rows.orthogonality.notna().all() == (name == "soft_thin")
+    same = recover(target, donor, tmp_path / "s", name, top=record["top"], options=record["options"], progress=False)
+    assert Checkpoint(same).digest() == Checkpoint(tmp_path / "o").digest()  # a record says how it is made again
+    table = sweep(target, donor, (0.1, "30%"), name, out=tmp_path / "swept", progress=False, **own)
+    one = recover(target, donor, tmp_path / "one", name, top=0.3, progress=False, **own)
+    assert Checkpoint(one).digest() == Checkpoint(tmp_path / "swept" / "head-0.3").digest()
+    assert table.edit_norm.tolist()[1] == pytest.approx(recovery_record(one)[0]["edit_norm"], rel=1e-3)
+    size = recovery_record(recover(target, donor, tmp_path / "n", "random", like="soft_thin", progress=False))[0]
+    assert size["options"] == dict(like="soft_thin", seed=0)
+
+
+@pytest.mark.parametrize("name", ["soft_thin", "soft_dense"])
+def test_a_method_of_ones_own_in_search(folders, tmp_path, soft, name):
+    told = dict(method=name, bands="head", steps=8, progress=False, options=dict(strength=1.0))
+    score = lambda folder: recovery_record(folder)[0]["edit_norm"]
+    found = search(*folders, score, 0.05, tmp_path / "out", name="size", **told)
+    assert found.reached and found.settings["method"] == name and found.settings["options"]["strength"] == 1.0
+    again = recover(*folders, tmp_path / "again", **found.settings, progress=False)
+    assert Checkpoint(again).digest() == Checkpoint(found.folder).digest()
+    other = search(*folders, score, 0.05, tmp_path / "out", name="size", **told | dict(options=dict(strength=0.1)))
+    assert other.history.score.iloc[1] < found.history.score.iloc[1]  # other options, other scores
+
+
+@pytest.mark.parametrize("name", ["soft_thin", "soft_dense"])
+def test_a_method_of_ones_own_as_an_adapter(models, tmp_path, soft, name):
+    own = dict(options=dict(strength=0.4), top=0.1, progress=False)
+    adapter = recover(*models, tmp_path / "adapter", name, as_lora=True, **own)
+    whole = recover(*models, tmp_path / "whole", name, **own)
+    assert recovery_record(adapter)[0]["lora_error_max"] < 1e-6
+    read, other = Checkpoint(adapter), Checkpoint(whole)
+    for m in other.matrices():
+        torch.testing.assert_close(read.matrix(m), other.matrix(m), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["soft_thin", "soft_dense"])
+def test_a_method_of_ones_own_on_the_command_line(folders, tmp_path, capsys, soft, name):
+    target, donor = map(str, folders)
+    run = lambda command, *a: sweeping.main(
+        [command, target, "--donor", donor, "--cache", "none", "--method", name, *a]
     )
-    settings, _ = recovery_record(recover(target, donor, tmp_path / "out", "halfway", progress=False))
-    assert settings["edit_norm"] == pytest.approx(0.5, rel=0.02)
-    monkeypatch.setitem(METHODS, "uv", lambda target, donor: donor.to(target.dtype))  # one that takes the place of ours
-    assert recovery_record(recover(target, donor, tmp_path / "own", "uv", progress=False))[0][
-        "edit_norm"
-    ] == pytest.approx(1.0, rel=1e-3)
-    monkeypatch.setitem(METHODS, "wrong", lambda target, donor: donor[:3])
+    out = str(tmp_path / "o")
+    assert run("recover", "--out", out, "--option", "strength=0.1", "--top", "20%") == 0
+    record = recovery_record(out)[0]
+    assert record["options"]["strength"] == 0.1 and record["top"] == 0.2
+    assert run("sweep", "--option", "strength=0.1", "--ks", "1r", "20%") == 2  # shares, or numbers?
+    assert run("sweep", "--option", "strength=0.1", "--ks", "1r", "3") == 0
+    count = "import json; print(json.load(open('{folder}/recovery.json'))['restored'])"
+    words = ["--score", f'{sys.executable} -c "{count}"', "--goal", "12", "--budget", "8", "--bands", "head"]
+    assert run("search", "--out", str(tmp_path / "s"), "--option", "strength=1", *words) == 0
+    capsys.readouterr()
+    for wrong, said in (
+        (["strenght=0.1"], "did you mean strength?"),
+        (["strength=soft"], "strength = 'soft': expected a finite number"),
+        (["strength=0.1", "--top", "1"], "write 100% (or 1.0) for all ranks, 1r for one"),
+        (["strength=0.1", "--alpha", "1"], "--alpha does nothing"),
+    ):
+        assert run("recover", "--out", str(tmp_path / "x"), "--option", *wrong) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["recover", "sweep", "search"])
+def test_the_help_lists_methods_and_their_options(capsys, soft, command):
+    with pytest.raises(SystemExit) as ended:
+        sweeping.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for line in (
+        "soft_thin (top 30%)  Turns directions a part of the way.",
+        "strength=0.5  0: the target, 1: the donor's directions",
+        "flip=False  whether signs are turned",
+        "soft_dense (top 2r)  Does it to the whole matrix.",
+        "strength=...",
+        "sigma=target (target or donor)  whose singular values the restored directions carry",
+        "sigma_only (top 100%)",
+    ):
+        assert line in text
+    assert ("interpolate (no ranks)" in text) == (command == "recover") and "random (top 20%)" in text
+
+
+def test_a_method_of_ones_own_is_drawn(soft):
+    import matplotlib.pyplot as plt
+
+    table = pd.DataFrame(
+        [dict(method=m, top=0.2, edit_norm=0.2, recovered=0.5) for m in ("soft_thin", "soft_dense", "uv", "unknown")]
+    )
+    axes = plot_recovery(table)
+    drawn = {x.get_label(): x for x in axes.lines}
+    assert {"soft (thin)", "soft dense", "unknown", METHODS["uv"].label} <= set(drawn)
+    line = drawn["soft (thin)"]
+    assert (line.get_color(), line.get_marker(), line.get_linestyle()) == ("#123456", "^", "-.")
+    plt.close(axes.figure)
+
+
+def test_options_are_read_strictly(soft):
+    target, donor = pair(12, 10)
+    for match, name, options in (
+        (r"no option 'strenght' \(did you mean strength\?\): it has strength, flip", "soft_thin", dict(strenght=0.1)),
+        ("no option 'alpha'", "soft_thin", dict(alpha=0.1)),
+        ("it has none", "direct", dict(strength=0.1)),
+        ("strength = 'much'", "soft_thin", dict(strength="much")),
+        ("strength = True", "soft_thin", dict(strength=True)),
+        ("strength = nan", "soft_thin", dict(strength=float("nan"))),
+        ("flip = 3: expected true or false", "soft_thin", dict(flip=3)),
+        ("seed = 1.5: expected a whole number", "soft_dense", dict(seed=1.5, strength=1)),
+        ("needs strength", "soft_dense", {}),
+        ("like = 3: expected text", "random", dict(like=3)),
+        ("like = 'soft_dense': expected 'donor'", "random", dict(like="soft_dense")),  # it needs telling
+        ("sigma = 'mine': expected 'target' or 'donor'", "uv", dict(sigma="mine")),
+        ("takes no sigma='donor', which has no meaning", "soft_thin", None),
+    ):
+        with pytest.raises(ValueError, match=match):
+            more = dict(sigma="donor") if options is None else {}
+            edit_matrix(name, target, donor, options=options, **more)
+    assert METHODS["soft_thin"].options["flip"].read("true") is True
+    with pytest.raises(ValueError, match=r"unknown method 'soft_thinn' \(did you mean soft_thin\?\)"):
+        edit_matrix("soft_thinn", target, donor)
+
+
+def test_what_cannot_be_a_method(methods):
+    def starred(W, t, d, taken, *, top=0.1):
+        pass
+
+    for match, name, function in (
+        ("one word", "two words", lambda W, t, d, taken: W),
+        ("a method takes", "x", lambda W, donor: W),
+        ("a method takes", "x", lambda W, t, d, taken, strength=0.1: W),
+        ("a method takes", "x", lambda W, t, d, taken, **own: W),
+        ("top needs another name", "x", starred),
+        ("strength needs another name, or a type", "x", lambda W, t, d, taken, *, strength: W),
+    ):
+        with pytest.raises(ValueError, match=match):
+            recovery.method(name)(function)
+    with pytest.raises(ValueError, match="ambiguous"):
+        recovery.method("x", top=1)(lambda W, t, d, taken: W)
+    assert "x" not in methods
+
+
+def test_a_method_that_gives_something_else(checkpoints, tmp_path, methods):
+    target, donor = checkpoints
+    recovery.method("wrong")(lambda W, t, d, taken: W[:3])
+    with pytest.raises(CheckpointError, match=r"q_proj.weight: method 'wrong' changed the shape"):
+        recover(target, donor, tmp_path / "x", "wrong", kinds="q_proj", progress=False)
+    recovery.method("wrong")(lambda W, t, d, taken: Edit(W[:3], W))
     with pytest.raises(CheckpointError, match="changed the shape"):
-        recover(target, donor, tmp_path / "x", "wrong", progress=False)
+        recover(target, donor, tmp_path / "x", "wrong", kinds="q_proj", progress=False)
+    recovery.method("wrong")(lambda W, t, d, taken: None)
+    with pytest.raises(TypeError, match="gave NoneType: expected an Edit or a tensor"):
+        edit_matrix("wrong", *pair(6, 5))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["donor", "target"]
+
+
+def test_a_method_may_take_the_place_of_ours(checkpoints, tmp_path, methods):
+    "The table is asked, and no list of names."
+    target, donor = checkpoints
+    recovery.method("uv", ranks=False)(lambda W, t, d, taken, *, donor_matrix: donor_matrix)
+    record = recovery_record(recover(target, donor, tmp_path / "own", "uv", progress=False))[0]
+    assert record["edit_norm"] == pytest.approx(1.0, rel=1e-3) and record["options"] == {}
+    with pytest.raises(ValueError, match="cannot be swept"):
+        sweep(target, donor, method="uv", progress=False)
+    recovery.method("uv")(lambda W, t, d, taken: 0 * W)
+    table = sweep(target, donor, (0.1,), "uv", progress=False)
+    assert table.energy_change[0] == 1.0 and table.edit_norm[0] > 2  # made anew, not from terms of the method that was
+
+
+def test_methods_of_other_packages(tmp_path, monkeypatch, methods):
+    "An entry point of the group gp_spectral.methods is imported when its method is asked for."
+    (tmp_path / "of_others.py").write_text(
+        "from gp_spectral.recovery import method\n"
+        '@method("of_others")\ndef edit(W, target, donor, taken, *, far=2): return W * far\n'
+    )
+    info = tmp_path / "of_others-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: of_others\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[gp_spectral.methods]\nof_others = of_others\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    W, D = pair(6, 5)
+    torch.testing.assert_close(edit_matrix("of_others", W, D, options=dict(far=3)), 3 * W)
+    assert "of_others (top 20%)" in sweeping.methods_text()
+    (info / "entry_points.txt").write_text("[gp_spectral.methods]\nbroken = no_such_module\n")
+    with pytest.raises(ValueError, match="methods of no_such_module .broken. cannot be loaded"):
+        edit_matrix("nowhere", W, D)
+
+
+def test_every_method_has_its_own_default(checkpoints, tmp_path):
+    "top=None is the method's own default, wherever it is said."
+    target, donor = checkpoints
+    for name, known in METHODS.items():
+        more = dict(alpha=0.5) if name == "interpolate" else {}
+        record = recovery_record(recover(target, donor, tmp_path / name, name, progress=False, **more))[0]
+        assert record["top"] == known.top == (1.0 if name == "sigma_only" else 0.2)
+        if known.ranks:
+            W, D = pair(20, 10)
+            assert torch.equal(edit_matrix(name, W, D), edit_matrix(name, W, D, top=known.top))
+            assert torch.equal(edit_factors(name, W, D).L, edit_factors(name, W, D, known.top).L)
+
+
+def test_two_spellings(checkpoints, tmp_path):
+    assert [share_or_ranks(x) for x in ("20%", "0.2", 0.2, np.float32(0.5))] == [0.2, 0.2, 0.2, 0.5]
+    assert [str(share_or_ranks(x)) for x in ("1r", Ranks(1), 7, "7", "7 r", np.int64(7))] == [*["1r"] * 2, *["7r"] * 4]
+    assert share_or_ranks("100%") == 1.0 and not isinstance(share_or_ranks(1.0), Ranks)
+    for unclear in (1, "1", np.int64(1)):
+        with pytest.raises(ValueError, match="write 100% .or 1.0. for all ranks, 1r for one"):
+            share_or_ranks(unclear)
+    for wrong in (None, True, "", "r", "%", "1.5r", "-2", -2, 1.5, "101%", float("inf"), "two", [0.2], 1j):
+        with pytest.raises(ValueError, match="tail = .*: give a share"):
+            share_or_ranks(wrong, "tail")
+    target, donor = checkpoints
+    for top, written in (("20%", 0.2), ("1r", "1r"), (3, "3r"), (1.0, 1.0), (0, 0.0)):
+        folder = recover(target, donor, tmp_path / f"{written}", top=top, certify="quick", progress=False)
+        found = json.loads((folder / "recovery.json").read_text())["top"]
+        assert found == written and type(found) is type(written)
+    table, rows = sweep(target, donor, ("2r", 0, "1r"), "uv", out=tmp_path / "s", matrices=True, progress=False)
+    assert table.k.tolist() == [0, 1, 2] and rows.groupby("k").restored.sum().tolist() == [0, 12, 24]
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"head-0r", "head-1r", "head-2r", "sweep.csv"}
+    assert recovery_record(tmp_path / "s" / "head-1r")[0]["top"] == "1r"
 
 
 def test_files_keep_their_header(tmp_path):
@@ -1272,7 +1564,7 @@ def test_lora_of_names_without_the_prefix(gpt2, tmp_path):
 def test_sweep_equals_one_by_one(method, band, m, n):
     target, donor = pair(m, n)
     f = factorize(target), factorize(donor)
-    for ks in ([0, 1, 4, 9], [0.3, 0.05, 0.5, 0.3]):
+    for ks in ([0, Ranks(1), 4, 9], [0.3, 0.05, 0.5, 0.3]):
         if band == "both":
             ks = ks[:3] if isinstance(ks[0], int) else [0.05, 0.3]
         found = list(sweep_matrix(target, donor, ks, method, f, band))
@@ -1374,11 +1666,13 @@ def test_sweep_of_a_checkpoint(checkpoints, tmp_path, method):
 def test_what_a_sweep_refuses(folders, tmp_path, monkeypatch):
     names = sorted(p.name for p in tmp_path.iterdir())
     for error, match, options in (
-        (ValueError, "cannot be swept", dict(method="random")),
+        (ValueError, "cannot be swept", dict(method="interpolate")),
+        (ValueError, "cannot be swept", dict(method="reset")),
         (ValueError, "band", dict(band="middle")),
         (ValueError, "empty", dict(ks=())),
         (ValueError, "not both", dict(ks=(0.1, 3))),
-        (ValueError, "top", dict(ks=(1.5,))),
+        (ValueError, "ks = 1.5", dict(ks=(1.5,))),
+        (ValueError, "ks = 1 is ambiguous", dict(ks=(1, 2))),
         (ValueError, "of 8", dict(ks=(9,))),
         (ValueError, "takes no sigma", dict(method="direct", sigma="donor")),
         (ValueError, "finite number", dict(score=lambda f: "good", out=tmp_path / "out", ks=(0.1,))),
@@ -1398,7 +1692,7 @@ def test_what_a_sweep_refuses(folders, tmp_path, monkeypatch):
 
 
 class Needs:
-    "A score in [0, 1]: how much of the way to the donor the needed matrices have gone, by inner product with the donor's leading directions; counts its calls."
+    "A score in [0, 1]: how far the heads of the needed matrices have turned to the donor's; it counts its calls."
 
     def __init__(self, target, donor, layers, kinds, share=0.2):
         self.donor, self.calls = Checkpoint(donor), []
@@ -1517,7 +1811,9 @@ from test_recovery import Needs
 from gp_spectral.sweep import search
 class Slow(Needs):
     def __call__(self, folder): value = super().__call__(folder); time.sleep(0.15); return value
-search({str(folders[0])!r}, {str(folders[1])!r}, Slow({str(folders[0])!r}, {str(folders[1])!r}, [1], ['up_proj', 'q_proj']), 0.999, 'killed', budget=60, steps=16, name='needs', progress=False)
+pair = {str(folders[0])!r}, {str(folders[1])!r}
+score = Slow(*pair, [1], ['up_proj', 'q_proj'])
+search(*pair, score, 0.999, 'killed', budget=60, steps=16, name='needs', progress=False)
 """
     log = tmp_path / "killed" / "search.jsonl"
     child(tmp_path, code, lambda: log.exists() and log.read_bytes().count(b"\n") >= 5)
@@ -1670,10 +1966,7 @@ def test_a_sweep_keeps_what_it_has_when_one_score_fails(folders, tmp_path, capsy
 @pytest.mark.parametrize("r", [128, 320, 512, 896, 1280, 2048, 3584, 4096, 5120, 8192, 10, 9, 3])
 def test_three_bands_fill_the_ranks(r):
     head, end, mid = chosen_ranks(r, 1 / 3, 1 / 3, 1 / 3)
-    assert (
-        r - 2 <= head + end + mid <= r
-        and recovery._taken(r, recovery._bands(r, 1 / 3, 1 / 3, 1 / 3)).sum() == head + end + mid
-    )
+    assert r - 2 <= head + end + mid <= r and taken_ranks(r, 1 / 3, 1 / 3, 1 / 3).sum() == head + end + mid
 
 
 def test_a_search_looks_at_the_bands_one_by_one(folders, tmp_path):
