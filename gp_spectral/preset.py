@@ -7,11 +7,11 @@ Docs: https://gp-spectral.github.io/gp_spectral/preset.html.md"""
 # %% auto #0
 __all__ = ['SHARED', 'SFTConfig', 'Game', 'Preset', 'load_preset', 'settings_table', 'read_preset']
 
-# %% ../nbs/06_preset.ipynb #77f406f5
+# %% ../nbs/06_preset.ipynb #c0eebf1c
 import configparser
 import json
 import warnings
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
@@ -182,7 +182,16 @@ def grpo(self: Preset) -> GRPOConfig:
     known = {s.name for s in fields(GRPOConfig)}
     return _training(self, "grpo", **{k: v for k, v in _said(self, "ppo").items() if k in known})
 
-# %% ../nbs/06_preset.ipynb #5aa25ed2
+# %% ../nbs/06_preset.ipynb #2620a183
+@patch
+def rl_config(
+    self: Preset,
+    seed: int = 0,  # of sampling
+) -> PPOConfig | GRPOConfig:
+    "The settings of the preset's RL, whichever it is."
+    return replace(self.ppo if self.rl == "ppo" else self.grpo, seed=seed)
+
+
 @patch(as_prop=True)
 def start_steps(self: Preset) -> list:
     "The steps of SFT from which RL starts. The last may lie behind SFT_End: a model that was trained too long."
