@@ -589,7 +589,7 @@ TOY = dict(
 
 def smollm2(out, a):
     "The preset smollm2-gpu, its seeds shared out among processes that have cores of their own."
-    from gp_spectral.study import load_preset
+    from gp_spectral.preset import load_preset
 
     overrides = {k: str(v) for k, v in TOY.items()} if a.rehearse else dict(x.split("=", 1) for x in a.set)
     preset = load_preset("smollm2-gpu", overrides)

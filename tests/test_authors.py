@@ -15,7 +15,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 
 from gp_spectral.env import GeneralPoints
 from gp_spectral.sft import generate, load_model, prompt_ids, retry_ids, save_model
-from gp_spectral.study import load_preset, main, ppo_config, tasks
+from gp_spectral.preset import load_preset
+from gp_spectral.study import main
 
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
@@ -216,7 +217,7 @@ def test_the_recipe_from_end_to_end(checkpoint, tmp_path, capsys):
 def test_presets_carry_the_papers_numbers():
     for name, steps, rounds in (("qwen2.5-7b", 800, 300), ("llama-3.2-11b", 1100, 100)):
         p = load_preset(name)
-        c = ppo_config(p, 0)
+        c = p.ppo
         assert (
             c.level,
             c.gamma,
@@ -240,4 +241,4 @@ def test_presets_carry_the_papers_numbers():
             "paper",
             "mlp",
         )
-        assert tasks(p)["ID"].max_new_tokens == 512 and tasks(p)["ID"].target == 24
+        assert p.tasks()["ID"].max_new_tokens == 512 and p.tasks()["ID"].target == 24

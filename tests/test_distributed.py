@@ -87,13 +87,15 @@ elif what == "both":                                            # as in a study:
 elif what == "study":
     from pathlib import Path
     import pandas as pd
-    from gp_spectral.study import checkpoints, first, load_preset, main, share, stage
+    from gp_spectral.preset import load_preset
+    from gp_spectral.stages import Study, in_one_process, share_work, stage
+    from gp_spectral.study import main
     root, ran = Path(out), []
     def one(folder): ran.append(stage(folder / "sft", dict(seed=folder.name), ["tiny"], lambda part: None))
-    share([root / "0", root / "1"], one)
+    share_work([root / "0", root / "1"], one)
     assert ran == [root / "0/sft", root / "1/sft"]
-    first(lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(root / "0/sft/curve.parquet"))
-    first(lambda: checkpoints(load_preset("tiny", dict(teach_steps="1")), root / "0"))      # as for the report: by the first process alone
+    in_one_process(lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(root / "0/sft/curve.parquet"))
+    in_one_process(lambda: Study(load_preset("tiny", dict(teach_steps="1")), root).checkpoints(0))      # as for the report: by the first process alone
     assert main(["sft", "tiny", "/proc/nowhere/out"]) == 2                                  # both are told
 elif "sft" in what:
     import time

@@ -649,7 +649,7 @@ def fresh_accelerator():
 
 def test_the_stated_precision_lets_weights_move(tmp_path, fresh_accelerator):
     "At the published rate of 1e-6 most weights take part in float32, and next to none in bfloat16, whose spacing swallows such steps."
-    from gp_spectral.study import load_preset
+    from gp_spectral.preset import load_preset
 
     preset, base = load_preset("authors"), load_model("tiny", dtype="float32")[0].state_dict()
     moved = {}

@@ -14,7 +14,8 @@ from gp_spectral.grpo import GRPOConfig, train_grpo
 from gp_spectral.ppo import PPOConfig, train_ppo, whiten
 from gp_spectral.folders import TINY
 from gp_spectral.sft import evaluate, load_model, pick, play, resolve_precision, save_model, success_rate, train_sft
-from gp_spectral.study import Preset, study
+from gp_spectral.preset import Preset
+from gp_spectral.study import study
 
 ID, OOD = GeneralPoints("faces_as_ten"), GeneralPoints("faces_as_rank")
 
