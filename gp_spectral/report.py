@@ -157,11 +157,6 @@ class _Evidence:
         self.by_checkpoint = _by_problem(tables["evaluations"].query("allowed == 1"), ["checkpoint", "rule"])
         self.by_edit = _by_edit(tables)
 
-    def other_starts(self):
-        "The SFT steps other than SFT_End from which RL started."
-        names = self.by_checkpoint.columns.get_level_values("checkpoint").unique()
-        return sorted(int(c[3:]) for c in names if c.startswith("rl_"))
-
     def answers(self, rule, **parts):
         "A row per seed and problem; each part is a function of {checkpoint: 0 or 1}."
         x = self.by_checkpoint.xs(rule, axis=1, level="rule").dropna(how="all")  # the other rule has other hands
@@ -226,8 +221,14 @@ def _claim_2(evidence):
     yield _row("C2", "RL does not exceed the SFT peak (SFT_MaxOOD − RL)", evidence.above("max_ood", "rl"))
 
 # %% ../nbs/06b_report.ipynb #2faf1f7f
+def _other_starts(evidence):
+    "The SFT steps other than SFT_End from which RL started."
+    names = evidence.by_checkpoint.columns.get_level_values("checkpoint").unique()
+    return sorted(int(c[3:]) for c in names if c.startswith("rl_"))
+
+
 def _claim_3(evidence):
-    for step in evidence.other_starts():
+    for step in _other_starts(evidence):
         length = "short" if step < evidence.end else "long"
         yield _row(
             "C3",
@@ -240,7 +241,7 @@ def _claim_3(evidence):
             f"RL from SFT_End ends above RL from the too {length} SFT (step {step})",
             evidence.above("rl", f"rl_{step}"),
         )
-    if not evidence.other_starts():
+    if not _other_starts(evidence):
         yield _untested("C3")
 
 # %% ../nbs/06b_report.ipynb #55442a2d
@@ -349,7 +350,7 @@ def _claim_6(evidence):
 
 # %% ../nbs/06b_report.ipynb #c9e9a4a9
 def _claim_7(evidence):
-    if not (steps := evidence.other_starts()):
+    if not (steps := _other_starts(evidence)):
         yield _untested("C7")
         return
     starts = [("end", "rl"), *((f"sft_{s}", f"rl_{s}") for s in steps)]
@@ -593,7 +594,7 @@ def _edit_of_bar(key, band):
     edit = key if method == "reset" else edit_name(method, 1.0 if method == "sigma_only" else band)
     return edit, METHOD_STYLES[method][0]
 
-
+# %% ../nbs/06b_report.ipynb #fe52dcd6
 def _plot_bar(ax, x, rows, color):
     "An edit's share of the loss in percent, with its interval and a dot per seed."
     given_back, low, high, _ = fieller(*two_way(rows, ["gain", "loss"]))
@@ -690,7 +691,7 @@ def _recovery_figures(tables, band):
         plot_recovery_sizes(tables).figure,
     )
 
-
+# %% ../nbs/06b_report.ipynb #93f6e0ba
 def figures(
     tables,  # {name: table} of a study
     end,  # the SFT step of SFT_End

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -1099,7 +1100,7 @@ class Study:
     def tasks(self):
         return tasks(self.preset)
 
-    @property
+    @cached_property
     def tables(self):
         import pandas as pd
 
