@@ -1,19 +1,20 @@
 "The study as a program: killed at any moment it goes on, and bad settings are refused before anything is written."
 
+import dataclasses
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import numpy as np
 import pandas as pd
 import pytest
-from gp_spectral.explore import Run
 from gp_spectral.folders import write_json
 from gp_spectral import stages
-from gp_spectral.preset import Preset, load_preset, read_preset, settings_table
-from gp_spectral.stages import Study, Unseen, edit_name, recovery_plan
-from gp_spectral.study import _Progress, claims, main
+from gp_spectral.preset import load_preset, read_preset, settings_table
+from gp_spectral.report import write_report
+from gp_spectral.stages import Study, Unseen, recovery_plan
+from gp_spectral.study import _Progress, main
 
 LITTLE = dict(
     test_problems=24,
@@ -74,7 +75,7 @@ def test_killed_it_goes_on(finished, tmp_path, kills):
 
 @pytest.mark.slow
 def test_two_processes_share_the_seeds(finished, tmp_path):
-    "Three are given the same command, and one of them is killed: all seeds are run, and a seed's numbers do not depend on who else was there."
+    "Three get the same command, and one is killed: all seeds are run, whose numbers do not depend on who was there."
     a, b, c = (start(tmp_path, "--seeds", "3", log=f"{name}.txt") for name in "abc")
     while not all((tmp_path / "tiny" / s / "sft").exists() for s in "012"):  # each is at a seed of its own
         assert all(p.poll() is None for p in (a, b, c)), (tmp_path / "a.txt").read_text()
@@ -97,7 +98,20 @@ def test_a_log_file_is_not_filled_with_progress(finished):
 
 def test_report_opens_offline(finished):
     page = (finished / "report.html").read_text()
-    assert "src='http" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8
+    assert "://" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8
+
+
+def test_the_report_can_be_made_again(finished, tmp_path):
+    "From what the stages left alone: the same tables, pictures and page."
+    root = shutil.copytree(finished, tmp_path / "tiny")
+    study, made = Study.open(root), [*(root / "tables").iterdir(), *(root / "figures").iterdir(), root / "report.html"]
+    for file in made:
+        file.unlink()
+    command = " ".join(["gp-spectral study --preset tiny --seeds 1", *(f"--set {k}={v}" for k, v in LITTLE.items())])
+    assert write_report(study, command) == root / "report.html"
+    for file in made:
+        assert file.read_bytes() == (finished / file.relative_to(root)).read_bytes(), file.name
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize(
@@ -208,166 +222,6 @@ def test_each_stage_by_hand(tmp_path, capsys):
     capsys.readouterr()
 
 
-# The claims on made-up numbers: what the verdicts say when the truth is known.
-def outcomes(seeds, hands, rate, rng):
-    "True or False for each seed and hand, at a rate that differs a little between seeds, and much between hands, which are the same for all."
-    hard = np.random.default_rng(hands).normal(size=(1, hands))
-    p = np.clip(rate + 0.01 * rng.normal(size=(seeds, 1)) + 0.2 * hard, 0, 1)
-    return (rng.random((seeds, hands)) < p).ravel()
-
-
-def made_up(rates, edits, seeds=6, hands=600, seed=0):
-    "Tables in which checkpoints and edits have the given OOD success; spectra and angles are those of a training that turns and of noise that does not."
-    rng, at = (
-        np.random.default_rng(seed),
-        dict(
-            seed=np.repeat(range(seeds), hands),
-            problem=np.tile(range(hands), seeds),
-            hand=[f"h{i}" for i in range(hands)] * seeds,
-        ),
-    )
-    ev = pd.concat(
-        [
-            pd.DataFrame(
-                at | dict(checkpoint=c, rule=rule, allowed=1, solved_first=outcomes(seeds, hands, r, rng), error="")
-            )
-            for c, r in rates.items()
-            for rule in ("ID", "OOD")
-        ]
-    )
-    rec = pd.concat(
-        [
-            pd.DataFrame(at | dict(edit=e, rule="OOD", solved_first=outcomes(seeds, hands, r, rng)))
-            for e, r in edits.items()
-        ]
-    )
-    curve = pd.DataFrame(
-        [
-            dict(seed=s, step=t, rule=rule, set=kind, rate=r)
-            for s in range(seeds)
-            for rule, kind, rs in (
-                ("OOD", "validation", (0.3, 0.5, 0.2)),
-                ("ID", "validation", (0.3, 0.2, 0.2)),
-                ("ID", "seen", (0.3, 0.6, 0.9)),
-            )
-            for t, r in zip((0, 10, 20), rs)
-        ]
-    )
-    losses = pd.DataFrame(
-        [
-            dict(seed=s, step=t, rule=r, loss=1 - t / 100)
-            for s in range(seeds)
-            for t in (0, 10, 20)
-            for r in ("ID", "OOD")
-        ]
-    )
-    pairs = [("base", "end", 0.2, 0.004), ("end", "rl", 0.02, 0.001), ("end", "noise", 0.02, 0.02)]
-    sigma = pd.DataFrame(
-        [
-            dict(seed=s, base=a, other=b, matrix=m, mean_abs_change=c * rng.uniform(0.95, 1.05))
-            for s in range(seeds)
-            for a, b, _, c in pairs
-            for m in "uvwxyz"
-        ]
-    )
-    shape = {m: rng.uniform(0.3, 3) for m in "uvwxyz"}
-    angles = pd.DataFrame(
-        [
-            dict(
-                seed=s,
-                base=a,
-                other=b,
-                matrix=m,
-                side=side,
-                band=band,
-                random_mean=1.0,
-                mean=t
-                * (rng.uniform(0.3, 3) if b == "noise" else shape[m] * rng.uniform(0.97, 1.03))
-                * {"head": 1.5, "bulk": 1, "tail": 2}[band],
-            )
-            for s in range(seeds)
-            for a, b, t, _ in pairs
-            for m in "uvwxyz"
-            for side in "UV"
-            for band in ("head", "bulk", "tail")
-        ]
-    )
-    return dict(
-        evaluations=ev,
-        recovery_answers=rec,
-        sft_curve=curve,
-        losses=losses,
-        sigma=sigma,
-        angles=angles,
-        preset=dict(band=0.2),
-        steps=dict(end=20, starts=[10, 20, 40]),
-    )
-
-
-PAPER = dict(base=0.3, max_ood=0.6, end=0.2, rl=0.55, sft_10=0.5, rl_10=0.3, sft_40=0.1, rl_40=0.05)
-EDITS = (
-    {edit_name(**e): 0.2 for e in recovery_plan(Preset().tops, Preset().band)}
-    | dict(target=0.2, donor=0.6)
-    | {
-        "uv 20%": 0.55,
-        "anchored 20%": 0.57,
-        "interpolate_to_norm 20%": 0.4,
-        "reset first 25%": 0.56,
-        "reset last 25%": 0.2,
-        "sigma_only 100%": 0.21,
-    }
-)
-
-
-def verdicts(tables):
-    return [(r.claim, r.text, r.verdict) for r in claims(tables).itertuples()]
-
-
-def test_claims_of_a_world_as_the_paper_says():
-    found = verdicts(made_up(PAPER, EDITS))
-    ours = ("held-out hands rises", "plain interpolation")  # made up to fall, and to give back half
-    for claim, text, verdict in found:
-        if "C7" == claim:
-            continue
-        assert verdict == ("not reproduced" if any(part in text for part in ours) else "reproduced"), (
-            claim,
-            text,
-            verdict,
-        )
-
-
-def test_claims_of_a_world_that_contradicts():
-    found = {
-        t: v
-        for _, t, v in verdicts(
-            made_up(
-                dict(base=0.6, max_ood=0.4, end=0.4, rl=0.3, sft_10=0.4, rl_10=0.6, sft_40=0.3, rl_40=0.6),
-                EDITS | {"uv 20%": 0.1, "anchored 20%": 0.2, "sigma_only 100%": 0.58},
-            )
-        )
-    }
-    at = lambda part: next(v for t, v in found.items() if part in t)
-    assert at("rises first") == at("raises OOD success") == "not reproduced"
-    assert at("falls from its peak") == "undecided"
-    assert at("gives back most of the loss") == "undecided"  # there is no loss to give back
-    assert at("UV merge") == at("anchored merge, isospectral") == at("singular values alone") == "not reproduced"
-    assert at("too short (step 10) RL does not heal") == at("ends above RL from the too long") == "not reproduced"
-
-
-def test_a_seed_that_lost_nothing_is_not_left_out():
-    tables = made_up(PAPER, EDITS)
-    ev = tables["evaluations"]
-    ev.loc[(ev.seed == 0) & (ev.checkpoint == "max_ood"), "solved_first"] = ev.loc[
-        (ev.seed == 0) & (ev.checkpoint == "end"), "solved_first"
-    ].to_numpy()
-    row = claims(tables).query("claim == 'C2' and unit == 'of the loss'").iloc[0]
-    assert row.seeds == 6 and np.isfinite(row.effect)
-
-
-def test_one_seed_decides_nothing():
-    assert {v for *_, v in verdicts(made_up(PAPER, EDITS, seeds=1))} == {"undecided"}
-
-
 NBDEV = "[DEFAULT]\nrepo = mine\nlib_name = %(repo)s\nversion = 0.0.1\nblack_formatting = False\n"
 
 
@@ -433,20 +287,18 @@ def test_a_finished_study_is_opened(finished, tmp_path):
         Study.open(tmp_path)
 
 
-def test_the_explorer_finds_what_the_preset_says(finished, tmp_path):
+def test_a_study_finds_what_the_preset_says(finished, tmp_path):
     "The base that was taught, RL by another name: read from the run's own record, not guessed."
     shutil.copytree(finished / "tables", tmp_path / "tables")
     shutil.copytree(finished / "0", tmp_path / "0")
-    import dataclasses
-    import json
-
     preset = dataclasses.replace(load_preset("tiny", {k: str(v) for k, v in LITTLE.items()}), rl="grpo")
     (tmp_path / "preset.json").write_text(json.dumps(dataclasses.asdict(preset)))
-    assert Run(tmp_path).paths()["rl"] == tmp_path / "0" / "grpo-00006" / "checkpoint"
-    assert Study.open(tmp_path).checkpoints(0)["sft_12"] == tmp_path / "0" / "sft" / "step-00012"
+    named = Study.open(tmp_path).checkpoints(0)
+    assert named["rl"] == tmp_path / "0" / "grpo-00006" / "checkpoint"
+    assert named["sft_12"] == tmp_path / "0" / "sft" / "step-00012"
     (tmp_path / "preset.json").unlink()
     with pytest.raises(ValueError, match="holds no study"):
-        Run(tmp_path)
+        Study.open(tmp_path)
 
 
 def test_forecast(tmp_path):
