@@ -183,6 +183,7 @@ def test_help_is_light():
 # A module may import those on floors below it; the two wings never import each other.
 FLOORS = {
     "env": (),
+    "config": (),
     "smollm2": (),
     "folders": ("smollm2",),
     "sft": ("env", "folders"),
