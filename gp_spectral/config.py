@@ -9,7 +9,7 @@ __all__ = ['option', 'Config', 'describe']
 
 # %% ../nbs/00e_config.ipynb #d8afb732
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, get_args, get_origin
 
 # %% ../nbs/00e_config.ipynb #1567a104
@@ -74,7 +74,6 @@ def _good(x, setting, kind):
     return (above is None or x > above) and (least is None or x >= least) and (most is None or x <= most)
 
 # %% ../nbs/00e_config.ipynb #df1e3b8f
-@dataclass
 class Config:
     "Settings that check themselves: a `ValueError` names the first that is wrong, and says what was expected."
 
@@ -83,7 +82,7 @@ class Config:
             value, (kind, optional, several) = getattr(self, setting.name), _kind(setting)
             if several and isinstance(value, (list, tuple, range)):
                 value = tuple(value)
-                setattr(self, setting.name, value)
+                object.__setattr__(self, setting.name, value)  # of a frozen class too
                 bad = [x for x in value if not _good(x, setting, kind)]
             else:
                 bad = [] if not several and _good(value, setting, kind) or optional and value is None else [value]

@@ -24,11 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
-from gp_spectral.checkpoint import (
-    Checkpoint,
-    as_checkpoint,
-    preflight,
-)
+from .checkpoint import Checkpoint, as_checkpoint, preflight
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
