@@ -28,7 +28,7 @@ from .angles import angle_profile, plot_angles, plot_profile
 from .checkpoint import Checkpoint
 from .folders import atomic
 from .recovery import METHOD_STYLES, plot_recovery
-from .sft import RULE_COLORS, success_rate
+from .play import RULE_COLORS, success_rate
 from .stages import NAMES, clock, edit_name, versions
 from .svd import CHECKPOINT_COLORS, plot_sigma_change, plot_spectrum
 

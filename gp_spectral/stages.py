@@ -8,7 +8,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/stages.html.md"""
 __all__ = ['NAMES', 'PAIRS', 'versions', 'in_one_process', 'stage', 'share_work', 'clock', 'BothRules', 'Unseen', 'Study',
            'answer_loss', 'loss_curve', 'recovery_plan', 'edit_name']
 
-# %% ../nbs/06a_stages.ipynb #d890f4b5
+# %% ../nbs/06a_stages.ipynb #57bc10b3
 import json
 import math
 import shutil
@@ -26,28 +26,17 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .angles import compare_all
+from .book import claimed, write_table
 from .checkpoint import Checkpoint
 from .grpo import check_launch as check_grpo
 from .grpo import train_grpo
+from .models import inference, load_model, resolve, resolve_precision, world
+from .play import evaluate, prompt_ids, success_rate
 from .ppo import check_launch as check_ppo
 from .ppo import train_ppo
 from .preset import SHARED, Game, Preset, read_preset
 from .recovery import recover, recovery_record
-from gp_spectral.sft import (
-    claimed,
-    evaluate,
-    inference,
-    load_model,
-    pick,
-    prompt_ids,
-    resolve,
-    resolve_precision,
-    sft_dataset,
-    success_rate,
-    train_sft,
-    world,
-    write_table,
-)
+from .sft import SFTConfig, pick, sft_dataset, train_sft
 from .svd import spectrum
 
 # %% ../nbs/06a_stages.ipynb #4aece201
@@ -336,7 +325,7 @@ def _depends(
     always = {*model, *(s.name for s in fields(Game))}
     return {k: v for k, v in asdict(study.preset).items() if k.startswith(beginnings) or k in always} | more
 
-# %% ../nbs/06a_stages.ipynb #b37bf6e1
+# %% ../nbs/06a_stages.ipynb #76ca94a2
 @patch
 def sft_from(
     self: Study,
@@ -346,10 +335,10 @@ def sft_from(
 ) -> pd.DataFrame:  # the curve
     "SFT as the preset says, to SFT_End or to the last start of RL."
     end = self.preset.sft.steps
-    at = sorted({end, *self.starts, *self.preset.sft.at})
+    at = sorted({end, *self.starts, *self.preset.sft_at})
     config = replace(self.preset.sft, steps=max(end, *self.starts), at=at, seed=seed)
     told = dict(progress=self.progress, trackers=self.trackers)
-    return train_sft(model, out, self.tasks["ID"], self.tasks, **vars(config), **told)
+    return train_sft(model, out, self.tasks["ID"], self.tasks, config, **told)
 
 # %% ../nbs/06a_stages.ipynb #9c3f09f6
 @patch
@@ -369,7 +358,7 @@ def rl_from(
         return train_ppo(model, out, task, config, keep=p.ppo_keep, **told)
     return train_grpo(model, out, task, config, method=p.rl, **told)
 
-# %% ../nbs/06a_stages.ipynb #de51d744
+# %% ../nbs/06a_stages.ipynb #726b5403
 @patch
 def teach(self: Study) -> Path:  # the base
     "Teaches the preset's model both rules, where the preset says so, and gives the base of all seeds."
@@ -377,11 +366,11 @@ def teach(self: Study) -> Path:  # the base
     if not p.teach_steps:
         return self.base()
     named = ("batch_size", "microbatch", "warmup", "n_eval", *_TAUGHT)
-    said = {k: getattr(p.sft, k) for k in named} | dict(lr=p.teach_lr, examples=p.teach_examples, points=3)
+    said = {k: getattr(p.sft, k) for k in named}
+    config = SFTConfig(steps=p.teach_steps, lr=p.teach_lr, examples=p.teach_examples, points=3, **said)
 
     def make(part):
-        task = BothRules(self.tasks)
-        train_sft(p.model, part, task, self.tasks, steps=p.teach_steps, progress=self.progress, **said)
+        train_sft(p.model, part, BothRules(self.tasks), self.tasks, config, progress=self.progress)
 
     asked = _depends(self, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TAUGHT)
     stage(self.root / "taught", asked, [resolve(p.model)], make)

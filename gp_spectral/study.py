@@ -8,7 +8,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/study.html.md"""
 __all__ = ['study', 'print_table', 'study_arguments', 'run_study', 'sft_arguments', 'run_sft', 'ppo_arguments', 'run_ppo',
            'evaluate_arguments', 'write_rows', 'run_evaluate', 'main']
 
-# %% ../nbs/06_study.ipynb #d1fd4dd8
+# %% ../nbs/06_study.ipynb #c84eb613
 import argparse
 import json
 import time
@@ -19,10 +19,13 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
+from .book import claimed
 from .folders import write_json
+from .models import load_model, resolve_precision, world
+from .play import evaluate, play, success_table
 from .preset import Preset, load_preset, preset_arguments, preset_of, setting_argument, setting_help
 from .report import claims_rows, write_report
-from .sft import claimed, evaluate, load_model, pick, play, resolve_precision, summary, world
+from .sft import pick
 from .stages import Study, clock, in_one_process, recovery_plan, share_work
 
 # %% ../nbs/06_study.ipynb #d720eeaa
@@ -50,7 +53,35 @@ def _speeds(study):
         example = _timed(lambda: model(input_ids=ids, labels=ids).loss.backward())[0] / len(rows)
     return seconds / many, 1.3 * example  # 1.3: optimizer, data, log
 
-# %% ../nbs/06_study.ipynb #c0817c12
+# %% ../nbs/06_study.ipynb #213c2e8d
+def _points(preset):
+    "Checkpoints along SFT."
+    return preset.sft_points + len(preset.ppo_starts) + len(preset.sft_at) + 1
+
+
+def _answers(p):
+    "{stage: answers for one seed} of a preset."
+    starts, edits = len(p.ppo_starts), len(recovery_plan(p.tops, p.band)) + 2
+    return dict(
+        taught=9 * p.curve_problems if p.teach_steps else 0,
+        sft=3 * p.curve_problems * _points(p),
+        ppo=starts * (p.ppo_iterations * p.ppo_samples + 10 * p.curve_problems),
+        evaluations=2 * (2 + 2 * starts) * p.test_problems + 9 * p.retry_problems * p.test_attempts,
+        spectra=2 * p.test_problems,  # not measured: about as long as asking one checkpoint
+        recovery=edits * 2 * p.recovery_problems,
+    )
+
+
+def _examples(p):
+    "{stage: training examples for one seed} of a preset."
+    return dict(
+        taught=p.sft_batch * p.teach_steps,
+        sft=p.sft_batch * max(p.sft_steps, *p.start_steps),
+        ppo=len(p.ppo_starts) * p.ppo_iterations * p.ppo_samples * (p.ppo_epochs + 0.4),
+        evaluations=_points(p) * p.curve_problems,
+    )
+
+# %% ../nbs/06_study.ipynb #d01755b1
 @patch
 def stage_seconds(
     self: Study,
@@ -58,22 +89,10 @@ def stage_seconds(
     example: float,  # seconds for a training example
 ) -> dict:  # {stage: seconds for one seed}; `taught` is once for all seeds
     "How long the stages will take."
-    p, starts = self.preset, len(self.preset.ppo_starts)
-    points = p.sft_points + starts + len(p.sft_at) + 1
-    curves, hands = answer * p.curve_problems, p.ppo_iterations * p.ppo_samples
-    one_rl = example * hands * (p.ppo_epochs + 0.4) + answer * hands + 10 * curves
-    asked = 2 * (2 + 2 * starts) * p.test_problems + 9 * p.retry_problems * p.test_attempts
-    edits = len(recovery_plan(p.tops, p.band)) + 2
-    return dict(
-        taught=example * p.sft_batch * p.teach_steps + (9 * curves if p.teach_steps else 0),
-        sft=example * p.sft_batch * max(p.sft_steps, *self.starts) + 3 * curves * points,
-        ppo=starts * one_rl,
-        evaluations=answer * asked + example * points * p.curve_problems,
-        spectra=answer * 2 * p.test_problems,  # not measured: about as long as asking one checkpoint
-        recovery=answer * edits * 2 * p.recovery_problems,
-    )
+    examples = _examples(self.preset)
+    return {name: answer * n + example * examples.get(name, 0) for name, n in _answers(self.preset).items()}
 
-
+# %% ../nbs/06_study.ipynb #0485e8c8
 @patch
 def estimate(self: Study) -> dict:  # {stage: seconds for one seed}
     "The same on this machine, from some seconds of measuring."
@@ -214,7 +233,7 @@ def study(
     say(f"\n{_claims_text(root)}\nThe report: {root / 'report.html'}")
     return root / "report.html"
 
-# %% ../nbs/06_study.ipynb #73016ca3
+# %% ../nbs/06_study.ipynb #27fbe47f
 _CHECKPOINT = "a folder, a trainer's run, a hub name (org/name), 'tiny' or 'smollm2'"
 
 
@@ -229,7 +248,7 @@ def print_table(
 def _trackers(parser):
     parser.add_argument("--trackers", nargs="+", default=[], help="also log to these: tensorboard, wandb, trackio")
 
-
+# %% ../nbs/06_study.ipynb #cd76079d
 def study_arguments(
     parser: argparse.ArgumentParser,  # of the command
 ):
@@ -290,7 +309,7 @@ def run_ppo(
     print_table(_by_hand(args).rl_from(args.model, args.out, args.seed))
     print(f"checkpoint: {args.out}/checkpoint; log: {args.out}/log.parquet")
 
-# %% ../nbs/06_study.ipynb #284b6c25
+# %% ../nbs/06_study.ipynb #57e0d178
 def evaluate_arguments(
     parser: argparse.ArgumentParser,  # of the command
 ):
@@ -300,7 +319,7 @@ def evaluate_arguments(
     parser.add_argument("--split", default="test", help="split of the hands: pretrain, train, validation or test")
     parser.add_argument("--table", help="also write the rows to this .csv or .parquet file")
 
-
+# %% ../nbs/06_study.ipynb #88a48d51
 def write_rows(
     table: pd.DataFrame,  # what was found
     file: str | None,  # .csv or .parquet; None: nowhere
@@ -310,7 +329,7 @@ def write_rows(
         table.to_csv(file, index=False) if file.endswith(".csv") else table.to_parquet(file)
         print(f"rows written to {file}")
 
-
+# %% ../nbs/06_study.ipynb #402f6fc7
 def run_evaluate(
     args: argparse.Namespace,  # as parsed with `evaluate_arguments`
 ):
@@ -324,7 +343,7 @@ def run_evaluate(
             rows = evaluate(loaded, task, args.split, preset.test_problems, progress=f"{name} {rule}", **told)
             answers.append(rows.assign(rule=rule))
     table = pd.concat(answers)
-    print_table(summary(table))
+    print_table(success_table(table))
     write_rows(table, args.table)
 
 # %% ../nbs/06_study.ipynb #77f11367

@@ -181,6 +181,7 @@ def test_help_is_light():
 
 
 # A module may import those on floors below it; the two wings never import each other.
+_TRAINING = ("book", "models", "play", "sft", "ppo", "grpo")
 FLOORS = {
     "env": (),
     "config": (),
@@ -194,6 +195,10 @@ FLOORS = {
     "angles": ("folders", "checkpoint", "svd"),
     "recovery": ("checkpoint", "svd", "angles"),
     "sweep": ("checkpoint", "svd", "angles", "recovery"),
+    "preset": ("env", "config", "sft", "ppo", "grpo"),
+    "stages": (*_TRAINING, "checkpoint", "svd", "angles", "recovery", "preset"),
+    "report": (*_TRAINING, "folders", "checkpoint", "svd", "angles", "recovery", "preset", "stages"),
+    "study": (*_TRAINING, "folders", "preset", "stages", "report"),
 }
 
 
