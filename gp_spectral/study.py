@@ -135,7 +135,7 @@ class _Progress:
             self.others.add(seed)
             self.say(f"{f'seed {seed}':6}  another process is at it", flush=True)
 
-# %% ../nbs/06_study.ipynb #c1755478
+# %% ../nbs/06_study.ipynb #60e767b5
 @patch
 def start(self: _Progress):
     "Says what is to be done, and measures the machine if there is anything."
@@ -159,7 +159,7 @@ def to_go(self: _Progress):
     left = [(seed, cost.get(what, 0)) for seed, what in self.left if seed not in self.others]
     return sum(seconds / (1 if seed in ("", self.at) else 1 + others) for seed, seconds in left)
 
-
+# %% ../nbs/06_study.ipynb #4578415c
 @patch
 def done(self: _Progress, seed, what, *folders):
     "Notes that a stage is done, and says so."
