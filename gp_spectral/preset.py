@@ -6,7 +6,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/preset.html.md"""
 
 # %% auto #0
 __all__ = ['SHARED', 'Game', 'Preset', 'load_preset', 'preset_names', 'preset_arguments', 'setting_help', 'setting_argument',
-           'preset_of', 'settings_table', 'read_preset']
+           'preset_of', 'settings_table', 'read_preset', 'settings_arguments', 'run_settings']
 
 # %% ../nbs/06_preset.ipynb #6e442f2d
 import argparse
@@ -349,3 +349,21 @@ def read_preset(
         )
     known = json.loads(file.read_text())
     return Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+
+# %% ../nbs/06_preset.ipynb #a752dca4
+def settings_arguments(
+    parser: argparse.ArgumentParser,  # of the command
+):
+    "What `gp-spectral settings` can be told."
+    preset_arguments(parser)
+
+
+def run_settings(
+    args: argparse.Namespace,  # as parsed with `settings_arguments`
+):
+    "Prints every setting as a settings file has it, with its default, its range and what it does."
+    table = settings_table(preset_of(args)[0])
+    for r in table.itertuples():
+        was = f"default {r.default or 'nothing'}" if r.value != r.default else ""
+        known = "; ".join(x for x in (was, r.range or r.kind) if x)
+        print(f"{f'{r.key} = {r.value}':42}  {r.help} ({known})")
