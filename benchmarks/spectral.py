@@ -181,7 +181,7 @@ def scale(a):
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         out, log = Path(tmp) / "comparison", Path(tmp) / "log"
         with open(log, "w") as f:
-            run = subprocess.Popen([sys.executable, "-m", "gp_spectral.angles", *map(str, pair), "--out", str(out), "--no-cache", "--workers", "1", "--device", "cpu"],
+            run = subprocess.Popen([sys.executable, "-m", "gp_spectral", "compare", *map(str, pair), "--out", str(out), "--cache", "none", "--workers", "1", "--device", "cpu"],
                                    stdout=f, stderr=f, cwd=ROOT)
         begun, peak, done = time.time(), 0, {}
         try:

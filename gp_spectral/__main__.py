@@ -1,6 +1,6 @@
 "`python -m gp_spectral` is the command `gp-spectral`."
 import sys
 
-from .study import main
+from .cli import main
 
 sys.exit(main())

@@ -12,7 +12,8 @@ __all__ = ['THIN', 'METHODS', 'CHUNK', 'METHOD_STYLES', 'chosen_ranks', 'Edit', 
 # %% ../nbs/05_recovery.ipynb #a96125da
 from .checkpoint import Checkpoint, CheckpointError, as_checkpoint, describe, layer_range, preflight
 from .svd import Factors, factorize, factors as factors_of, one_thread
-from .angles import _workers, band_size, null_sigma, principal_angles, rounding_std
+from .angles import band_size, null_sigma, principal_angles, rounding_std
+from .jobs import workers as _workers
 import hashlib
 import inspect
 import json
@@ -700,7 +701,7 @@ class _Job(NamedTuple):
 
 def _job(target, donor, method, layers, kinds, cache, certify, **options):
     "Checks a request as a whole, before anything is read or written; `method` 'reset' has no matrices."
-    target, donor = as_checkpoint(target), as_checkpoint(donor)
+    target, donor = as_checkpoint(target, on_disk=True), as_checkpoint(donor, on_disk=True)
     if method != "reset":
         _check_method(method, options["like"], options["alpha"])
     if options["sigma"] not in ("target", "donor"):

@@ -368,10 +368,9 @@ _EPILOG = """examples:
 
 _ELSEWHERE = {  # commands of the spectral wing: module, help
     "compare": (
-        "angles",
+        "cli",
         "which matrices, layers and bands turned from the first checkpoint to the others, and is it more than noise",
     ),
-    "angles": ("angles", "the same as compare"),
     "recover": ("sweep", "repair a checkpoint with the singular directions of an earlier one"),
     "sweep": ("sweep", "what restoring more and more of the directions does, for little more than the price of one"),
     "search": ("sweep", "the smallest restoration that reaches a target score"),
@@ -414,8 +413,7 @@ def _parser():
 # %% ../nbs/06_study.ipynb #29066e50
 def _run_spectrum(a):
     import pandas as pd
-    from gp_spectral.angles import tell_apart
-    from gp_spectral.checkpoint import as_checkpoint
+    from gp_spectral.checkpoint import as_checkpoint, tell_apart
     from gp_spectral.svd import plot_spectrum, spectrum
 
     cs = tell_apart([as_checkpoint(c) for c in a.checkpoints])

@@ -9,7 +9,7 @@ __all__ = ['SWEEP_BANDS', 'sweep_matrix', 'sweep', 'score_command', 'SearchResul
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .checkpoint import Checkpoint, CheckpointError, with_base
-from .angles import Defaults, _norm
+from .angles import frobenius_norm as _norm
 from .svd import factorize, singular_values
 from gp_spectral.recovery import (
     METHODS,
@@ -787,7 +787,11 @@ def _for_search(a):
 
 
 def _parser(command):
-    p = argparse.ArgumentParser(prog=f"gp-spectral {command}", formatter_class=Defaults, description=_TEXTS[command][0])
+    p = argparse.ArgumentParser(
+        prog=f"gp-spectral {command}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=_TEXTS[command][0],
+    )
     _common(p, command)
     dict(recover=_for_recover, sweep=_for_sweep, search=_for_search)[command](p.add_argument)
     return p

@@ -1,4 +1,4 @@
-"""The checkpoints that 02a_checkpoint to 05_recovery look at: the shipped base model, the same model after a few seconds of fine-tuning, and real weights.
+"""The checkpoints that 03a_checkpoint to 05_recovery look at: the shipped base model, the same model after a few seconds of fine-tuning, and real weights.
 
 Not part of the package: the spectral wing itself knows nothing of any game.
 """

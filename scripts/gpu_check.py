@@ -604,7 +604,7 @@ def smollm2(out, a):
         command = [
             sys.executable,
             "-m",
-            "gp_spectral.study",
+            "gp_spectral",
             "study",
             "--preset",
             "smollm2-gpu",
@@ -900,7 +900,7 @@ def training(out, a):
         "accelerate.commands.launch",
         *as_here,
         "-m",
-        "gp_spectral.study",
+        "gp_spectral",
         "sft",
         "tiny",
         str(out / "launched"),

@@ -193,7 +193,8 @@ def test_the_recipe_from_end_to_end(checkpoint, tmp_path, capsys):
         ppo / "checkpoint",
         "--out",
         tmp_path / "comparison",
-        "--no-cache",
+        "--cache",
+        "none",
     )
     table = pd.read_parquet(tmp_path / "comparison/angles.parquet")
     assert {"q_proj", "k_proj", "v_proj", "down_proj"} <= set(table.kind) and table["mean"].max() > 0

@@ -18,7 +18,8 @@ from made import weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import checkpoint as module
-from gp_spectral.checkpoint import Checkpoint, CheckpointError, describe, preflight, with_base
+from gp_spectral.checkpoint import Checkpoint, as_checkpoint, describe, preflight, with_base
+from gp_spectral.folders import CheckpointError
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="peft")
@@ -1234,6 +1235,93 @@ def test_digest_is_remembered_until_the_file_changes(families, tmp_path, monkeyp
     save_file({k: v + 1 for k, v in w.items()}, folder / "model.safetensors")
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert Checkpoint(folder).digest() != first and len(reads) > n
+
+
+# --- models in memory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_what_it_is_saved_as(family, families):
+    "The same matrices in the same order, with the same bytes: transposed, fused, tied, stacked or split."
+    model, folder = families(family)
+    live, saved = Checkpoint(model), Checkpoint(folder)
+    assert live.matrices() == saved.matrices() and live.digest() == saved.digest()
+    assert list(live.entries) == list(saved.entries) and live.nbytes() == saved.nbytes()
+    for m in live.matrices(heads=True):
+        assert torch.equal(live.matrix(m), saved.matrix(m)) and live.digest(m) == saved.digest(m)
+    assert preflight(live, folder) == preflight(folder, model) == []
+    assert live.label == type(model).__name__ and live.path is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_a_model_of_another_dtype(dtype, tmp_path):
+    model = build("llama").to(dtype)
+    model.save_pretrained(tmp_path)
+    live, saved = Checkpoint(model), Checkpoint(tmp_path)
+    assert live.digest() == saved.digest()
+    m = live.matrices("q_proj")[0]
+    assert torch.equal(live.matrix(m), saved.matrix(m)) and live.matrix(m).dtype == saved.matrix(m).dtype
+
+
+def test_tied_embeddings_in_memory_are_one_table(tmp_path):
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    for c in (Checkpoint(model), Checkpoint(tmp_path)):
+        assert [m.name for m in c.matrices(["embed_tokens"])] == ["model.embed_tokens.weight"]
+        assert "lm_head.weight" not in c.names
+
+
+def test_what_is_read_from_memory_is_a_copy_of_what_is_there():
+    model = build("llama")
+    c = Checkpoint(model, "mine")
+    m, weight = c.matrices("q_proj")[0], model.model.layers[0].self_attn.q_proj.weight
+    before, digest = weight.detach().clone(), c.digest(m)
+    c.matrix(m).zero_(), c.tensor(m.tensor).zero_()
+    assert torch.equal(weight, before) and c.label == "mine"
+    with torch.no_grad():
+        weight += 1  # it trains on
+    assert torch.equal(c.matrix(m), weight) and c.digest(m) != digest
+
+
+def test_an_adapter_over_a_model_in_memory(families, tmp_path):
+    model, folder = families("llama")
+    adapter(folder, tmp_path / "a", ["q_proj"])
+    live, saved = Checkpoint(tmp_path / "a", base=model), Checkpoint(tmp_path / "a", base=folder)
+    assert live.digest() == saved.digest()
+    assert all(torch.equal(live.matrix(m), saved.matrix(m)) for m in saved.matrices())
+    with pytest.raises(TypeError, match="LlamaForCausalLM in memory is no folder"):
+        live.copy_to(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_read_are_refused(tmp_path):
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = dict(model_type="mine")
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 4) for _ in range(2))
+            self.layers[1].weight = self.layers[0].weight
+
+    assert [m.name for m in Checkpoint(Small()).matrices()] == ["layers.0.weight"]  # shared, so one
+    model = build("llama")
+    lora = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for wrong, error, words in (
+        (3, TypeError, "int is not a checkpoint: expected a folder, a hub name"),
+        (None, TypeError, "NoneType is not a checkpoint"),
+        (torch.nn.Linear(2, 3), TypeError, "Linear has no config"),
+        (lora, CheckpointError, "carries an adapter of peft.*merge_and_unload"),
+        (build("llama").to("meta"), CheckpointError, "embed_tokens.weight is offloaded"),
+    ):
+        with pytest.raises(error, match=words):
+            Checkpoint(wrong)
+    assert Checkpoint(lora.merge_and_unload()).digest() == Checkpoint(model).digest()  # B is zero at first
+    for ask in (
+        lambda c: c.copy_to(tmp_path / "copy"),
+        lambda c: c.write(tmp_path, c.names[0], torch.zeros(1)),
+        lambda c: as_checkpoint(c, on_disk=True),
+    ):
+        with pytest.raises(TypeError, match="in memory is no folder: expected one, save it first"):
+            ask(Checkpoint(model))
 
 
 # --- hub names

@@ -16,7 +16,7 @@ from made import changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 
-from gp_spectral import angles as module, svd
+from gp_spectral import angles as module, cli, jobs, svd
 from gp_spectral.angles import (
     band_slices,
     compare,
@@ -25,9 +25,10 @@ from gp_spectral.angles import (
     principal_angles,
     read_comparison,
     rounding_std,
-    share_out,
 )
-from gp_spectral.checkpoint import Checkpoint, CheckpointError
+from gp_spectral.checkpoint import Checkpoint
+from gp_spectral.folders import CheckpointError
+from gp_spectral.jobs import share_out
 from gp_spectral.svd import DRIVERS, FactorCache, factorize, factors, singular_values, spectrum, time_drivers
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -347,8 +348,8 @@ def test_the_blas_is_chosen_by_the_vendor(monkeypatch):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
         svd._prefers_mkl.cache_clear()
         assert svd._by_numpy(A) == numpy
-        torch.testing.assert_close(svd._mm(A, B), A @ B)
-        torch.testing.assert_close(svd._gram(A), A.T @ A)
+        torch.testing.assert_close(svd.matmul(A, B), A @ B)
+        torch.testing.assert_close(svd.gram(A), A.T @ A)
         assert (svd._eigh(A.T @ A)[0] - torch.linalg.eigvalsh(A.T @ A).flip(0)).abs().max() < 1e-9
     monkeypatch.undo()
     svd._prefers_mkl.cache_clear()
@@ -366,11 +367,11 @@ def test_one_thread_holds_in_workers_and_keeps_float32(monkeypatch):
             here, there = (
                 X @ X,
                 list(
-                    pool.map(lambda _: (torch.get_num_threads(), X @ X, svd._eigh(svd._gram(X.double()))[1]), range(2))
+                    pool.map(lambda _: (torch.get_num_threads(), X @ X, svd._eigh(svd.gram(X.double()))[1]), range(2))
                 ),
             )
             assert torch.backends.cuda.matmul.fp32_precision == "ieee" == torch.backends.mkldnn.matmul.fp32_precision
-            alone = svd._eigh(svd._gram(X.double()))[1]
+            alone = svd._eigh(svd.gram(X.double()))[1]
         assert (here.double() - true).abs().max() < 1e-3
         for n, Y, V in there:
             assert n == 1 and torch.equal(Y, here) and torch.equal(V, alone)
@@ -384,10 +385,9 @@ def test_the_plan_says_the_drivers(trio, tmp_path, monkeypatch):
     times = dict(gram=2.0, gesvd=1.0)
     monkeypatch.setattr(svd, "time_drivers", lambda shape, device: times)
     monkeypatch.setattr(svd, "_CHOSEN", {})
-    monkeypatch.setattr(module, "_CHOSEN", svd._CHOSEN)
     cs = [Checkpoint(c) for c in trio]
     found = cs[0].matrices()
-    begin = lambda: module._begin(cs, [(0, 1)], found, 0.2, True, "cuda:0", tmp_path / "out", None)
+    begin = lambda: module._begin(cs, [(0, 1)], found, dict(fraction=0.2), "cuda:0", tmp_path / "out", jobs.Group())
     begin()
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert set(plan["drivers"].values()) == {"gesvd"} and set(plan["drivers"]) == {svd._sides(m.shape) for m in found}
@@ -451,11 +451,11 @@ def test_killed_it_goes_on(trio, tmp_path):
 LAGGING = """
 import os, sys, time
 from accelerate import PartialState
-from gp_spectral import angles
+from gp_spectral import cli
 wait = PartialState.wait_for_everyone
 def late(state): wait(state); time.sleep(float(os.environ["LATE"]) * (state.process_index > 0))
 PartialState.wait_for_everyone = late
-sys.exit(angles.main())
+sys.exit(cli.main())
 """
 
 
@@ -473,10 +473,12 @@ def test_several_processes_give_the_same_bits(trio, tmp_path, processes, late):
             "--rdzv_backend=c10d",
             "--rdzv_endpoint=localhost:0",
             str(tmp_path / "lagging.py"),
+            "compare",
             *trio,
             "--out",
             str(tmp_path / "out"),
-            "--no-cache",
+            "--cache",
+            "none",
         ],
         capture_output=True,
         text=True,
@@ -574,7 +576,9 @@ def test_what_is_written_is_on_disk_first(tmp_path, monkeypatch):
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda f: order.append("sync") or sync(f))
     monkeypatch.setattr(os, "replace", lambda a, b: order.append("rename") or replace(a, b))
-    module._write_json(tmp_path / "x.json", [1])
+    job = jobs.JobFolder(tmp_path)
+    job.parts.mkdir()
+    job.put(1, [1])
     assert order == ["sync", "rename"]
 
 
@@ -583,20 +587,20 @@ def test_what_is_written_is_on_disk_first(tmp_path, monkeypatch):
 
 def test_workers_keep_to_a_part_of_the_checkpoint():
     small, big = [(1536, 576)], [(4096, 1024), (1024, 1024)]
-    assert module._workers(big, 100, False, 768 << 20) == 1  # two would need more than 300 MiB
+    assert jobs.workers(big, 100, False, 768 << 20) == 1  # two would need more than 300 MiB
     assert (
-        module._workers([(14336, 4096)], 100, False, 16 << 30) <= 2
-        and module._workers([(14336, 4096)], 1, False, 0) == 1
+        jobs.workers([(14336, 4096)], 100, False, 16 << 30) <= 2
+        and jobs.workers([(14336, 4096)], 1, False, 0) == 1
     )
     assert (
-        module._workers(small, 100, False, 256 << 20) == min(len(os.sched_getaffinity(0)), 4)
+        jobs.workers(small, 100, False, 256 << 20) == min(len(os.sched_getaffinity(0)), 4)
         if hasattr(os, "sched_getaffinity")
         else True
     )
     for size in (0, 1 << 28, 1 << 30, 1 << 34):
         for shape in ((64, 64), (4096, 1024), (14336, 4096)):
-            n = module._workers([shape], 1000, True, size)
-            assert n == 1 or n * 8 * 6 * shape[0] * shape[1] + module.SETUP <= max(module.ROOM, size / 3)
+            n = jobs.workers([shape], 1000, True, size)
+            assert n == 1 or n * 8 * 6 * shape[0] * shape[1] + jobs.SETUP <= max(jobs.ROOM, size / 3)
 
 
 WATCHED = """
@@ -637,7 +641,7 @@ def test_a_comparison_that_cannot_be_leaves_no_folder(tmp_path, capsys):
     a, b = write(tmp_path / "a", w), write(tmp_path / "b", bad)
     c = write(tmp_path / "c", {k: v for k, v in w.items() if k != NAME})
     for other, words in ((b, "NaN"), (c, "up_proj")):
-        assert module.main(["compare", str(a), str(other), "--out", str(tmp_path / "o"), "--cache", "none"]) == 2
+        assert cli.main(["compare", str(a), str(other), "--out", str(tmp_path / "o"), "--cache", "none"]) == 2
         assert (
             words in (text := capsys.readouterr().err)
             and text.splitlines()[-1 if words == "NaN" else 0].startswith("gp-spectral compare: ")
@@ -649,12 +653,13 @@ def test_a_comparison_that_cannot_be_leaves_no_folder(tmp_path, capsys):
     assert (tmp_path / "o").is_dir()
 
 
-@pytest.mark.parametrize("given, kept", [(["--cache", "none"], 0), (["--no-cache"], 0), (["--cache", "FOLDER"], 2)])
+@pytest.mark.parametrize("given, kept", [(["--cache", "none"], 0), (["--cache", "FOLDER"], 2)])
 def test_cache_none_is_no_cache(trio, tmp_path, monkeypatch, given, kept):
     monkeypatch.chdir(tmp_path)
     assert (
-        module.main(
+        cli.main(
             [
+                "compare",
                 *trio[:2],
                 "--out",
                 "o",
@@ -680,7 +685,7 @@ def test_embeddings_of_unequal_size_are_named(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=r"embed_tokens.weight: \(30, 24\)"):
             ask()
-    assert module.main([str(a), str(b), "--kinds", "embed_tokens", "--out", str(tmp_path / "o")]) == 2
+    assert cli.main(["compare", str(a), str(b), "--kinds", "embed_tokens", "--out", str(tmp_path / "o")]) == 2
     assert len(compare(a, b, progress=False))  # not named, they are no obstacle
 
 
@@ -701,7 +706,7 @@ def test_bad_requests(trio, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="no matrix of kind"):
         compare_all(trio, kinds="gate_proj", progress=False, out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
-    assert module.main([trio[0], str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")]) == 2
+    assert cli.main(["compare", trio[0], str(tmp_path / "nowhere"), "--out", str(tmp_path / "o")]) == 2
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "o").exists()
     same_name = write(tmp_path / "x" / "base", weights(dtype=torch.bfloat16, layers=6))
     t = compare(trio[0], same_name, progress=False)

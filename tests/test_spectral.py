@@ -12,7 +12,8 @@ from scipy.linalg import subspace_angles
 from gp_spectral import svd
 from gp_spectral.angles import band_slices, compare, compare_all, forced_zeros, principal_angles
 from gp_spectral.recovery import recover
-from gp_spectral.checkpoint import Checkpoint, CheckpointError, preflight
+from gp_spectral.checkpoint import Checkpoint, preflight
+from gp_spectral.folders import CheckpointError
 from gp_spectral.svd import factorize, looks_untrained, sigma_change, singular_values, spectrum
 
 torch.set_num_threads(1)
