@@ -237,7 +237,7 @@ def versions():
 
 def first(action):
     "Runs an action in the first process, while the others wait; alone it is just run."
-    from gp_spectral.sft import world
+    from gp_spectral.models import world
 
     if world().is_main_process:
         action()
@@ -252,7 +252,7 @@ def stage(
 ) -> Path:  # `folder`, finished
     "Runs `make` unless `folder` is finished already; waits while another process is at it."
     from gp_spectral.checkpoint import Checkpoint
-    from gp_spectral.sft import claimed
+    from gp_spectral.book import claimed
 
     folder = Path(folder)
     asked = json.loads(json.dumps(dict(settings=settings, inputs=[Checkpoint(i).digest() for i in inputs])))
@@ -304,7 +304,7 @@ def share(
     busy=lambda folder: None,  # called with a folder that another process is at
 ):
     "Runs pieces of work, always the next that no other process is at; comes back when all are done, whoever did them."
-    from gp_spectral.sft import claimed
+    from gp_spectral.book import claimed
 
     left = list(folders)
     while left:
@@ -427,7 +427,7 @@ def rl_config(preset, seed):
 
 def fits_launch(preset):
     "A `ValueError` where the preset's RL has settings that are wrong, or cannot run as `accelerate launch` was told."
-    from gp_spectral.sft import world
+    from gp_spectral.models import world
 
     config = rl_config(preset, 0)
     if preset.rl == "ppo":
@@ -497,14 +497,15 @@ def _rl(preset, seed, model, folder, progress=True, trackers=()):
 # %% ../nbs/06_study.ipynb #093d8432
 def base_folder(preset, root):
     "The checkpoint that the study starts from: the preset's model, or what it has become when the preset has it taught the game first."
-    from gp_spectral.sft import resolve
+    from gp_spectral.models import resolve
 
     return root / "taught" / f"step-{preset.teach_steps:05d}" if preset.teach_steps else resolve(preset.model)
 
 
 def base_model(preset, root, progress=True):
     "The same, and teaches it if that has not been done."
-    from gp_spectral.sft import resolve, train_sft
+    from gp_spectral.models import resolve
+    from gp_spectral.sft import train_sft
 
     if not preset.teach_steps:
         return base_folder(preset, root)
@@ -569,7 +570,7 @@ def checkpoints(preset, folder):
 
 def _write(path, table):
     "Writes a table of all processes once, whole or not at all."
-    from gp_spectral.sft import write_table
+    from gp_spectral.book import write_table
 
     first(lambda: write_table(table, path))
 
@@ -577,7 +578,8 @@ def _write(path, table):
 def _measured(preset, path, name, progress, retry=True):
     "First attempts on all test problems (`allowed` 1), and episodes of several attempts on the first of them, which take longer."
     import pandas as pd
-    from gp_spectral.sft import evaluate, load_model
+    from gp_spectral.models import load_model
+    from gp_spectral.play import evaluate
 
     loaded, found = load_model(path), []
     for rule, task in tasks(preset).items():
@@ -596,7 +598,8 @@ def _measured(preset, path, name, progress, retry=True):
 def answer_loss(model, tokenizer, task, problems, batch=64):
     "Mean cross-entropy of right answers, nats per token; the prompt does not count, the end token does."
     import torch
-    from gp_spectral.sft import inference, prompt_ids
+    from gp_spectral.models import inference
+    from gp_spectral.play import prompt_ids
 
     total, tokens = 0.0, 0
     rows = [
@@ -631,7 +634,7 @@ def _answered(task, n):
 def loss_curve(preset, sft):
     "The loss on right answers to validation problems under both rules, at every checkpoint of SFT."
     import pandas as pd
-    from gp_spectral.sft import load_model
+    from gp_spectral.models import load_model
 
     asked, rows = {rule: (t, _answered(t, preset.curve_problems)) for rule, t in tasks(preset).items()}, []
     for folder in sorted(Path(sft).glob("step-*")):
@@ -691,7 +694,7 @@ def run_spectra(preset, seed, folder, progress=True):
     import pandas as pd
     from gp_spectral.angles import compare_all
     from gp_spectral.recovery import recover
-    from gp_spectral.sft import write_table
+    from gp_spectral.book import write_table
     from gp_spectral.checkpoint import Checkpoint
     from gp_spectral.svd import spectrum
 
@@ -799,7 +802,8 @@ def run_recovery(preset, seed, folder, progress=True):
     "Every planned edit of SFT_End with SFT_MaxOOD as the donor on the same test problems: a row per edit, and a row per answer."
     import pandas as pd
     from tqdm.auto import tqdm
-    from gp_spectral.sft import evaluate, load_model, success_rate
+    from gp_spectral.models import load_model
+    from gp_spectral.play import evaluate, success_rate
 
     named, t = checkpoints(preset, folder), tasks(preset)
     asked = {rule: task.problems("test", preset.recovery_problems, 0) for rule, task in t.items()}
@@ -859,7 +863,8 @@ def _with_share(table):
 def _speeds(preset):
     "(seconds for an answer, seconds for a training example), measured on this machine; 0, 0 for a model that is too large to measure in passing."
     import torch
-    from gp_spectral.sft import load_model, play, resolve_precision
+    from gp_spectral.models import load_model, resolve_precision
+    from gp_spectral.play import play
 
     model, tokenizer = load_model(preset.model, dtype=preset.dtype)
     if sum(p.numel() for p in model.parameters()) > 1e9:
@@ -1307,7 +1312,7 @@ def _over_seeds(ax, table, column, color, style, label, scale=100):
 def plot_training(tables, axes=None):
     "Success and loss along SFT, and success along RL from SFT_End: thin lines seeds, thick their mean."
     import matplotlib.pyplot as plt
-    from gp_spectral.sft import RULE_COLORS
+    from gp_spectral.play import RULE_COLORS
 
     axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")[1] if axes is None else axes
     rl, end = tables["preset"].get("rl", "ppo").upper(), tables["steps"]["end"]
@@ -1631,7 +1636,7 @@ SUCCESS_HEAD = [
 
 def success_rows(tables):
     "Test success per checkpoint and rule as rows of text, in the order of `SUCCESS_HEAD`: means over seeds; intervals over seeds and hands (for the base, over hands)."
-    from gp_spectral.sft import success_rate
+    from gp_spectral.play import success_rate
 
     ev = tables["evaluations"]
     for name, label in NAMES.items():
@@ -1835,7 +1840,8 @@ def study(
 ) -> Path:  # report.html
     "Runs every stage that is not finished, and writes the report. Started several times at once, each process takes the next seed; under `accelerate launch` all processes call it together."
     from gp_spectral.folders import write_json
-    from gp_spectral.sft import claimed, resolve, resolve_precision, world
+    from gp_spectral.book import claimed
+    from gp_spectral.models import resolve, resolve_precision, world
 
     name = preset if isinstance(preset, str) else "custom"
     chosen = load_preset(preset, overrides) if isinstance(preset, str) else preset
@@ -2018,7 +2024,8 @@ def _preset_of(a):
 
 def _run_evaluate(a):
     import pandas as pd
-    from gp_spectral.sft import evaluate, load_model, summary
+    from gp_spectral.models import load_model
+    from gp_spectral.play import evaluate, success_table
 
     preset, found = _preset_of(a)[0], []
     for c in a.checkpoints:
@@ -2031,7 +2038,7 @@ def _run_evaluate(a):
             for rule, t in tasks(preset).items()
         ]
     table = pd.concat(found)
-    _show(summary(table))
+    _show(success_table(table))
     return table
 
 
@@ -2112,10 +2119,10 @@ def _leave():
     "Takes leave of the other processes, if there are any: without it one of them may end with an abort. Not after an error: they may never come."
     if (
         "torch.distributed" in sys.modules
-        and "gp_spectral.sft" in sys.modules
+        and "gp_spectral.models" in sys.modules
         and int(os.environ.get("WORLD_SIZE", 1)) > 1
     ):
-        sys.modules["gp_spectral.sft"].end_world()
+        sys.modules["gp_spectral.models"].end_world()
 
 # %% ../nbs/06_study.ipynb #317bd4dc
 if __name__ == "__main__" and "get_ipython" not in globals():

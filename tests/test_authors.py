@@ -14,7 +14,8 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from gp_spectral.env import GeneralPoints
-from gp_spectral.sft import generate, load_model, prompt_ids, retry_ids, save_model
+from gp_spectral.models import load_model, save_model
+from gp_spectral.play import generate, prompt_ids, retry_ids
 from gp_spectral.study import load_preset, main, ppo_config, tasks
 
 LLAMA = (

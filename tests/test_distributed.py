@@ -16,9 +16,10 @@ SCRIPT = """
 import json, os, sys, warnings
 import torch
 warnings.filterwarnings("ignore")
-from gp_spectral import sft
+from gp_spectral import models
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo
+from gp_spectral.sft import train_sft
 ID, OOD = GeneralPoints(), GeneralPoints("faces_as_rank")
 what, out = sys.argv[1:3]
 if os.environ.get("ACCELERATE_USE_FSDP"):                       # accelerate keeps FSDP for accelerators: for it, these processors are some
@@ -30,11 +31,11 @@ if os.environ.get("ACCELERATE_USE_FSDP"):                       # accelerate kee
     AcceleratorState.__init__ = passing_for_gpus
 if "trap" in what:                                              # passes without gradients leave the weights gathered
     import contextlib
-    from gp_spectral import ppo
+    from gp_spectral import play, ppo
     @contextlib.contextmanager
     def careless(model):
         with torch.no_grad(): yield
-    sft.inference = ppo.inference = careless
+    play.inference = ppo.inference = careless
 def sharded():                                                  # a function: its tensors are gone before the process group is
     from accelerate import Accelerator
     from torch.distributed.tensor import DTensor
@@ -43,7 +44,7 @@ def sharded():                                                  # a function: it
     net, tokenizer = _open("tiny", PPOConfig(), "cpu")
     _prepare(net, PPOConfig(), accelerator)
     whole = lambda: [n for n, p in net.named_parameters() if not isinstance(p, DTensor)]
-    assert not whole() and sft.is_sharded(net)
+    assert not whole() and models.is_sharded(net)
     batch = rollout(net, tokenizer, ID, ID.problems("train", 6), share=True)
     assert not whole(), f"gathered after generating: {whole()}"
     score(net, batch)
@@ -75,14 +76,14 @@ if "dies" in what:                                              # the first proc
     def deadly(action, moment, seen=[]):
         def acts(*args, **kwargs):
             seen.append(action)
-            if seen.count(action) == moment and sft.world().is_main_process: os.kill(os.getpid(), signal.SIGKILL)
+            if seen.count(action) == moment and models.world().is_main_process: os.kill(os.getpid(), signal.SIGKILL)
             return action(*args, **kwargs)
         return acts
-    CallbackHandler.on_step_begin, ppo._update = deadly(CallbackHandler.on_step_begin, 6), deadly(ppo._update, 2)
+    CallbackHandler.on_step_begin, ppo.Learner.update = deadly(CallbackHandler.on_step_begin, 6), deadly(ppo.Learner.update, 2)
 if "sharded" in what: sharded()
 elif "rounded" in what: rounded()
 elif what == "both":                                            # as in a study: what the trainer of SFT leaves behind is not what PPO wants
-    sft.train_sft("tiny", out + "/sft", ID, {"ID": ID, "OOD": OOD}, steps=2, points=1, n_eval=4, examples=32, batch_size=8, microbatch=2, lr=1e-6, progress=False)
+    train_sft("tiny", out + "/sft", ID, {"ID": ID, "OOD": OOD}, steps=2, points=1, n_eval=4, examples=32, batch_size=8, microbatch=2, lr=1e-6, progress=False)
     train_ppo("tiny", out + "/ppo", ID, PPOConfig(iterations=1, samples=8, minibatch=8, microbatch=2, dtype=sys.argv[4]), {"OOD": OOD}, 1, 4, progress=False)
 elif what == "study":
     from pathlib import Path
@@ -100,11 +101,11 @@ elif "sft" in what:
     from transformers import trainer
     last = trainer.sort_checkpoints
     def late(output_dir, **kwargs):                             # the second process ends its training later than the first, and still looks there
-        time.sleep(2 * sft.world().process_index)
+        time.sleep(2 * models.world().process_index)
         assert os.path.isdir(output_dir), "removed while a process was at work in it"
         return last(output_dir=output_dir, **kwargs)
     trainer.sort_checkpoints = late
-    sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, save_every=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
+    train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, save_every=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
 elif what in ("grpo", "rloo"):
     from gp_spectral.grpo import GRPOConfig, train_grpo
     train_grpo("tiny", out, ID, GRPOConfig(iterations=2, samples=16, minibatch=16, microbatch=4, lr=3e-5), {"OOD": OOD}, 1, 10, progress=False, method=what)
@@ -113,7 +114,7 @@ elif what in ("grpo", "rloo"):
     assert policy is None or policy.output_dtype is None and policy.reduce_dtype == torch.float32
 else:
     train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **json.loads(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
-sft.end_world()
+models.end_world()
 """
 
 slow = pytest.mark.slow

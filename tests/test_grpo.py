@@ -10,11 +10,12 @@ import torch
 from made import Parity
 from safetensors.torch import load_file
 
-from gp_spectral import grpo
+from gp_spectral import models
 from gp_spectral.env import Feedback, GeneralPoints
 from gp_spectral.grpo import GRPOConfig, Verifier, group_advantages, train_grpo
 from gp_spectral.folders import TINY
-from gp_spectral.sft import load_model, prompt_ids
+from gp_spectral.models import load_model
+from gp_spectral.play import prompt_ids
 
 ID = GeneralPoints()
 SMALL = GRPOConfig(iterations=2, samples=16, generations=4, minibatch=8, temperature=2.0)
@@ -103,7 +104,7 @@ class Game:
 @pytest.mark.filterwarnings("ignore:no answer of round")
 def test_what_the_model_is_asked(tmp_path, monkeypatch, method):
     "Token for token, as the model itself gets it: the prompts that `prompt_ids` makes, each problem to a whole group, the rounds in order."
-    seen, load = [], grpo.load_model
+    seen, load = [], models.load_model
 
     def spied(*a, **k):
         model, tokenizer = load(*a, **k)
@@ -117,7 +118,7 @@ def test_what_the_model_is_asked(tmp_path, monkeypatch, method):
         )  # a checkpoint's own settings have no say
         return model, tokenizer
 
-    monkeypatch.setattr(grpo, "load_model", spied)
+    monkeypatch.setattr(models, "load_model", spied)
     game, config = (
         Game(),
         GRPOConfig(iterations=2, samples=16, generations=4, minibatch=8, microbatch=4, epochs=2, temperature=0.7),
@@ -280,7 +281,7 @@ def test_nan_weights_are_no_state(tmp_path, monkeypatch):
 
 def test_absolute_positions_are_refused(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
-    from gp_spectral.sft import save_model
+    from gp_spectral.models import save_model
 
     tokenizer = load_model("tiny")[1]
     torch.manual_seed(0)

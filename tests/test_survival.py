@@ -9,10 +9,12 @@ import pytest
 import torch
 from made import Parity
 
-from gp_spectral import grpo, ppo, sft
+from gp_spectral import models, ppo, sft
+from gp_spectral.book import Book
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo
-from gp_spectral.sft import load_model, train_sft
+from gp_spectral.models import load_model
+from gp_spectral.sft import train_sft
 
 ID, OOD = GeneralPoints(), GeneralPoints("faces_as_rank")
 
@@ -199,14 +201,14 @@ def test_weights_that_are_no_numbers_are_no_state(tmp_path, monkeypatch, step):
 
 def test_ppo_keeps_no_state_that_is_not_finite(tmp_path, monkeypatch):
     train_ppo("tiny", tmp_path, ID, SMALL, progress=False, stop_after=2)
-    before, update = (tmp_path / "resume.pt").read_bytes(), ppo._update
+    before, update = (tmp_path / "resume.pt").read_bytes(), ppo.Learner.update
 
-    def breaks(net, *more):
-        row = update(net, *more)
-        net.value_head[0].weight.data[0, 3] = float("inf")
+    def breaks(learner, *more):
+        row = update(learner, *more)
+        learner.net.value_head[0].weight.data[0, 3] = float("inf")
         return row
 
-    monkeypatch.setattr(ppo, "_update", breaks)
+    monkeypatch.setattr(ppo.Learner, "update", breaks)
     with pytest.raises(
         FloatingPointError,
         match="value_head.0.weight holds NaN or infinite values, the state of round 3 is not written",
@@ -217,10 +219,10 @@ def test_ppo_keeps_no_state_that_is_not_finite(tmp_path, monkeypatch):
 
 def test_a_diverged_model_is_not_written(tmp_path):
     model, tokenizer = load_model("tiny")
-    sft.save_model(model, tokenizer, tmp_path / "out")
+    models.save_model(model, tokenizer, tmp_path / "out")
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(FloatingPointError, match="model.norm.weight"):
-        sft.save_model(model, tokenizer, tmp_path / "out")
+        models.save_model(model, tokenizer, tmp_path / "out")
     assert load_model(tmp_path / "out")  # the good one is still there
 
 
@@ -296,8 +298,7 @@ def unfinished(train, out):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-            for module in (sft, grpo):
-                m.setattr(module, "complete", stop)
+            m.setattr(Book, "finish", stop)
             train(out)
 
 
@@ -317,8 +318,7 @@ def test_a_finished_run(tmp_path, train):
     curve = train(tmp_path / "out")
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()}
     with pytest.MonkeyPatch.context() as m:
-        for module in (sft, ppo, grpo):
-            m.setattr(module, "load_model", None)  # nothing is loaded
+        m.setattr(models, "load_model", None)  # nothing is loaded
         again = train(tmp_path / "out")
     pd.testing.assert_frame_equal(curve, again)
     for name, other in OTHER:
@@ -356,8 +356,7 @@ def test_killed_before_the_last_word(tmp_path, train):
 
     seldom = {ppo_: dict(save_every=5), grpo_: dict(eval_every=5), sft_: {}}[train]
     with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-        for module in (sft, ppo, grpo):
-            m.setattr(module, "complete", stop)
+        m.setattr(Book, "finish", stop)
         train(tmp_path / "out", **seldom)
     assert not (tmp_path / "out/settings.json").exists()
     train(tmp_path / "out", **seldom)
@@ -371,7 +370,7 @@ def test_grpo_killed_twice(tmp_path, eval_tasks):
 
     def go(kill_in):
         def log(self, args, state, control, logs=None, **more):
-            if kill_in and len(self.log) + 1 == kill_in:
+            if kill_in and len(self.book.log) + 1 == kill_in:
                 raise KeyboardInterrupt
             return keep(self, args, state, control, logs=logs, **more)
 
@@ -397,7 +396,7 @@ def test_grpo_killed_twice(tmp_path, eval_tasks):
     assert pd.read_parquet(tmp_path / "out/log.parquet")["round"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
-HOLD = "import sys, time\nfrom gp_spectral.sft import claimed\nwith claimed(sys.argv[1]) as ours: print(ours, flush=True); time.sleep(600)"
+HOLD = "import sys, time\nfrom gp_spectral.book import claimed\nwith claimed(sys.argv[1]) as ours: print(ours, flush=True); time.sleep(600)"
 
 
 @pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
@@ -453,7 +452,7 @@ def test_no_folder_before_the_inputs_are_good(tmp_path, train):
     ids=str,
 )
 def test_settings_of_sft_out_of_range_are_named(tmp_path, name, value):
-    with pytest.raises(ValueError, match=rf"train_sft\.{name} is {value!r}: expected"):
+    with pytest.raises(ValueError, match=rf"SFTConfig\.{name} is {value!r}: expected"):
         sft_(tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
 
@@ -470,5 +469,5 @@ def test_further_steps(tmp_path):
     assert all(
         row.loss == log[row.step] for row in curve[curve.step > 0].itertuples()
     )  # the loss of a point is that of its step
-    with pytest.raises(ValueError, match="train_sft.at holds 9: expected steps from 1 to 8"):
+    with pytest.raises(ValueError, match="SFTConfig.at is 9: expected steps from 1 to 8"):
         sft_(tmp_path / "x", steps=8, at=(9,))

@@ -13,7 +13,9 @@ from gp_spectral.env import Feedback, GeneralPoints
 from gp_spectral.grpo import GRPOConfig, train_grpo
 from gp_spectral.ppo import PPOConfig, train_ppo, whiten
 from gp_spectral.folders import TINY
-from gp_spectral.sft import evaluate, load_model, pick, play, resolve_precision, save_model, success_rate, train_sft
+from gp_spectral.models import load_model, resolve_precision, save_model
+from gp_spectral.play import evaluate, play, success_rate
+from gp_spectral.sft import pick, train_sft
 from gp_spectral.study import Preset, study
 
 ID, OOD = GeneralPoints("faces_as_ten"), GeneralPoints("faces_as_rank")
@@ -282,7 +284,7 @@ def test_an_adapter_is_a_checkpoint_to_train_from(tmp_path):
     "Its base with the adapter merged: what peft makes of the two, and what the spectral side reads."
     from peft import get_peft_model
     from gp_spectral.checkpoint import Checkpoint
-    from gp_spectral.sft import lora_config
+    from gp_spectral.models import lora_config
 
     network = get_peft_model(load_model("tiny")[0], lora_config(4))
     torch.manual_seed(0)
