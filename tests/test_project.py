@@ -181,7 +181,7 @@ def test_help_is_light():
     assert loaded(HELP) & HEAVY == set()
 
 
-# Two wings, each on a room of its own: what loads models, and what reads checkpoints. Only what is above stands on both.
+# Two wings, each on a room of its own: what loads models, and what reads checkpoints. What is above stands on both.
 # A new module is in no list: it is on the ground, in a wing by what it imports, or, if it is named here, above.
 WINGS = {"models", "checkpoint"}
 ABOVE = {"preset", "study", "report", "explore", "cli"}
