@@ -70,7 +70,7 @@ class Words:
 
 
 def check_sampler_against_scorer(kind="llama", temperature=0.6, n=6000):
-    "How often our sampler takes each pair of tokens, against the probabilities of the scorer: chi-square over 6,000 draws."
+    "How often our sampler takes each pair of tokens, against the scorer's probabilities: chi-square over 6,000 draws."
     model, prompt = small(kind), [5, 9, 11]
     drawn = playing.generate(model, Words, [prompt] * n, 2, temperature, [(7, i) for i in range(n)])
     counts = pd.Series([tuple(ids) for ids, _ in drawn if len(ids) == 2]).value_counts()
@@ -185,7 +185,8 @@ def check_whitening():
     assert abs(w[mask].mean()) < 1e-6 and abs(w[mask].std() - 1) < 1e-6 and w[0, 3] == 0
 
 
-# one episode: a turn of two tokens, a token of feedback, a turn of one token; what the loss is given, and what every term of it must be, reckoned on paper
+# one episode: a turn of two tokens, a token of feedback, a turn of one token;
+# what the loss is given, and what every term of it must be, reckoned on paper
 TURNS = [-1, 0, 0, -1, 1]
 NOW, OLD, REF, ENTROPY = (
     [9, -1.0, -2.0, 9, -0.5],
@@ -284,7 +285,7 @@ def check_rates(tmp_path):
 
 
 def check_first_step(tmp_path):
-    "Before the first update the policy is the one that played: ratio 1, KL 0, nothing clipped, whatever the temperature."
+    "Before the first update the policy is the one that played: ratio 1, KL 0, nothing clipped, at any temperature."
     train_ppo(
         "tiny",
         tmp_path,
@@ -558,7 +559,7 @@ def test_published_sixth_attempt():
 
 
 def test_published_rounding():
-    "Sums of log-probabilities that differ by less than bfloat16 can tell give a ratio of exactly 1; the first token of a turn does not count."
+    "Sums that differ by less than bfloat16 can tell give a ratio of exactly 1; a turn's first token does not count."
     turns = torch.tensor([[-1, 0, 0, 0]])
     logp, old = torch.tensor([[0.0, -9.0, -2.0, -3.0]]), torch.tensor([[0.0, -1.0, -2.001, -3.001]])
     args = dict(advantages=torch.ones(1, 4), values=torch.zeros(1, 4), returns=torch.zeros(1, 4), turns=turns)
@@ -614,7 +615,7 @@ def test_options_run(options, tmp_path):
 
 @pytest.mark.parametrize("lora", [0, 2])
 def test_the_reference_is_the_policy_that_training_started_from(tmp_path, monkeypatch, lora):
-    "Its log-probabilities after an optimizer step, against those of the base, loaded once more; by then the policy's own are others."
+    "Its log-probabilities after an optimizer step, against those of the base, loaded once more."
     seen, original = [], ppo.Learner.advantages
 
     def look(learner, *more):
@@ -651,7 +652,7 @@ def fresh_accelerator():
 
 
 def test_the_stated_precision_lets_weights_move(tmp_path, fresh_accelerator):
-    "At the published rate of 1e-6 most weights take part in float32, and next to none in bfloat16, whose spacing swallows such steps."
+    "At a rate of 1e-6 most weights take part in float32, and next to none in bfloat16, which swallows such steps."
     from gp_spectral.study import load_preset
 
     preset, base = load_preset("authors"), load_model("tiny", dtype="float32")[0].state_dict()
@@ -790,7 +791,7 @@ def test_trackers(tmp_path):
 
 
 def fake_server(model, tokenizer, bias=0.0):
-    "TRL's client, with its own signatures, and behind it a server that samples with our own model and tells log-probabilities that are off by `bias`."
+    "TRL's client, and behind it a server that samples with our own model; its log-probabilities are off by `bias`."
     from trl.generation.vllm_client import VLLMClient
 
     client, weights, calls = create_autospec(VLLMClient, instance=True), {}, iter(range(1000))
