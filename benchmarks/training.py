@@ -71,7 +71,7 @@ def in_turn(
 def opened(a):
     "(model, tokenizer, task, what to call the checkpoint)."
     from gp_spectral.env import GeneralPoints
-    from gp_spectral.sft import load_model, resolve
+    from gp_spectral.models import load_model, resolve
     return *load_model(a.model, dtype="float32"), GeneralPoints(style=a.style), a.model if a.model == "tiny" else "/".join(resolve(a.model).resolve().parts[-2:])
 
 
@@ -118,7 +118,8 @@ def bare_sft(model, batches, lr, warmup, answers_only):
 
 
 def sft(a):
-    from gp_spectral.sft import load_model, train_sft
+    from gp_spectral.models import load_model
+    from gp_spectral.sft import train_sft
     model, _, task, label = opened(a); del model
     now, steps, skipped, warmup = clock(a.threads), 4 if a.smoke else a.steps, 1 if a.smoke else 5, 5
     options = dict(steps=skipped + steps, batch_size=4 if a.smoke else a.batch, lr=1e-5, warmup=warmup, examples=8 if a.smoke else 200, points=1, n_eval=2, progress=False)
@@ -146,7 +147,7 @@ def sft(a):
 
 def endless(model, folder):
     "A copy of a checkpoint whose end token lies beyond its vocabulary: every answer goes on to the token limit."
-    from gp_spectral.sft import resolve
+    from gp_spectral.models import resolve
     from transformers import AutoConfig, AutoTokenizer
     source, folder = resolve(model).resolve(), Path(folder)
     folder.mkdir(parents=True)
@@ -183,7 +184,7 @@ def written(episodes): return sum(t.end - t.start for e in episodes for t in e.t
 
 def recorded(play, *args, **kwargs):
     "(episodes, the arguments of each call of the sampler, by name)."
-    from gp_spectral.sft import generate
+    from gp_spectral.play import generate
     calls, signature = [], inspect.signature(generate)
     def sampler(*args, **kwargs): calls.append(signature.bind(*args, **kwargs).arguments); return generate(*args, **kwargs)
     return play(*args, sampler=sampler, **kwargs), calls
@@ -210,7 +211,8 @@ def padding(calls): return 1 - sum(len(p) for c in calls for p in c["prompts"]) 
 def rollout(a):
     from gp_spectral.env import GeneralPoints
     from gp_spectral.ppo import PPOConfig, rollout as ours_rollout
-    from gp_spectral.sft import generate, load_model, play, prompt_ids
+    from gp_spectral.models import load_model
+    from gp_spectral.play import generate, play, prompt_ids
     class Untiring(GeneralPoints):
         "Nobody has solved anything: all conversations go on to the last attempt."
         def verify(self, problem, text): return replace(super().verify(problem, text), solved=False)
@@ -314,7 +316,7 @@ def trl_ppo_worker(job, gate):
 def grpo_worker(job, gate):
     from datasets import Dataset
     from gp_spectral.env import GeneralPoints
-    from gp_spectral.sft import load_model
+    from gp_spectral.models import load_model
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     task = GeneralPoints(style=job["style"]); problems = task.problems("train", job["samples"] * 4, 0)
@@ -371,7 +373,7 @@ def ppo_ways(a):
 
 
 def ppo(a):
-    from gp_spectral.sft import prompt_ids
+    from gp_spectral.play import prompt_ids
     model, tokenizer, task, label = opened(a); del model
     ways, seconds, versions, workers = ppo_ways(a), {}, {}, {}
     samples, minibatch, tokens, epochs = (16, 8, 8, 2) if a.smoke else (a.samples, a.minibatch, a.tokens or task.max_new_tokens, a.epochs)

@@ -67,7 +67,7 @@ def _free(lock, made):
         with suppress(OSError):
             p.rmdir()  # what is not empty stays
 
-
+# %% ../nbs/00c_book.ipynb #40c36fa1
 @contextmanager
 def claimed(
     folder: str | os.PathLike,  # need not exist
@@ -132,7 +132,7 @@ def write_table(
     with atomic(path) as part:
         pd.DataFrame(rows).to_parquet(part)
 
-
+# %% ../nbs/00c_book.ipynb #c9804651
 class Book:
     "The folder of a training: `log` and `curve` (rows), `state` (what was kept), and whether it is `finished`."
 
@@ -256,15 +256,17 @@ class TrainerBook(Book):
                 shutil.rmtree(old)
         world().wait_for_everyone()
 
-    def keep_step(
-        self,
-        step: int | None,  # whose state the trainer has just written; None: the run has only begun
-    ):
-        "Has the book name a state of the trainer."
-        world().wait_for_everyone()
-        name = step and f"checkpoint-{step}"
-        self.keep(f"step {step or 0}", checkpoint=name)
-        self._only(name)
+# %% ../nbs/00c_book.ipynb #affd8180
+@patch
+def keep_step(
+    self: TrainerBook,
+    step: int | None,  # whose state the trainer has just written; None: the run has only begun
+):
+    "Has the book name a state of the trainer."
+    world().wait_for_everyone()
+    name = step and f"checkpoint-{step}"
+    self.keep(f"step {step or 0}", checkpoint=name)
+    self._only(name)
 
 # %% ../nbs/00c_book.ipynb #3c5fea25
 @patch

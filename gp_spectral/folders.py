@@ -18,7 +18,7 @@ from pathlib import Path
 
 # %% ../nbs/00a_folders.ipynb #da8e99dd
 class CheckpointError(ValueError):
-    "Something that cannot be used as a checkpoint, or two that cannot be compared; the message names the file or tensor and what to do."
+    "Something that cannot be used as a checkpoint, or two that cannot be compared."
 
 # %% ../nbs/00a_folders.ipynb #54005b45
 TINY = Path(__file__).parent / "models" / "tiny" if "__file__" in globals() else Path("../gp_spectral/models/tiny")
@@ -56,7 +56,8 @@ def _from_hub(name):
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}" if str(e).strip() else type(e).__name__
         raise CheckpointError(
             f"{name} is not a folder, and the hub gave no model of that name ({why}): "
-            "check name and network, log in if it is gated, or download it where there is a network (without HF_HUB_OFFLINE)"
+            "check name and network, log in if it is gated, or download it where there is a network "
+            "(without HF_HUB_OFFLINE)"
         ) from e
 
 # %% ../nbs/00a_folders.ipynb #d5262f9b
@@ -75,12 +76,13 @@ def _newest(run):
 
 # %% ../nbs/00a_folders.ipynb #50910478
 def locate(
-    checkpoint,  # a folder with a model or an adapter, a trainer's run folder, a hub name (org/name, org/name@revision), 'tiny' or 'smollm2'
+    checkpoint: str | os.PathLike,  # a folder, a trainer's run, org/name or org/name@revision, 'tiny', 'smollm2'
 ) -> Path:
     "The folder that is meant; a `CheckpointError` when there is none, a `TypeError` when it is no name at all."
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise TypeError(
-            f"{type(checkpoint).__name__} is not the name of a checkpoint: expected a folder, a hub name such as org/name, 'tiny' or 'smollm2'"
+            f"{type(checkpoint).__name__} is not the name of a checkpoint: "
+            "expected a folder, a hub name such as org/name, 'tiny' or 'smollm2'"
         )
     name, folder = str(checkpoint), Path(checkpoint)
     if name in ("tiny", "smollm2") and isinstance(checkpoint, str):
@@ -129,14 +131,14 @@ def _remove(path):
     elif os.path.lexists(path):
         os.remove(path)
 
-
+# %% ../nbs/00a_folders.ipynb #7b007b81
 @contextmanager
 def atomic(
     path,  # the file or folder to make; one that is there already is replaced
     sync=False,  # whether its bytes are to be on the disk before its name is (files)
     shared=False,  # whether several processes may write it: each then writes a part of its own
 ):  # yields the name to write under; nothing is there yet
-    "What is written inside the block becomes `path` when the block ends well; else it is removed, and `path` is what it was."
+    "What is written inside the block becomes `path` when it ends well; else it is removed, and `path` is what it was."
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     _remove(part)  # of a run that was killed here

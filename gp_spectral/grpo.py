@@ -27,20 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from .book import TrainerBook, task_name, task_names
 from .config import Config, check_counts, option
-from gp_spectral.models import (
-    Float32Outputs,
-    accumulating,
-    lora_config,
-    model_name,
-    no_future_warnings,
-    one_gpu,
-    open_model,
-    quiet,
-    release,
-    resolve_precision,
-    save_model,
-    world,
-)
+from .models import Float32Outputs, accumulating, lora_config, model_name, no_future_warnings, one_gpu
+from .models import open_model, quiet, release, resolve_precision, save_model, world
 from .play import curve_row, end_tokens, evaluate, prompt_ids
 
 # %% ../nbs/02b_grpo.ipynb #cd274e35

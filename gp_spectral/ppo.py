@@ -32,24 +32,9 @@ from tqdm.auto import tqdm
 
 from .book import TensorBook, task_name, task_names
 from .config import Config, check_counts, option
-from gp_spectral.models import (
-    full_state,
-    gather_to_generate,
-    inference,
-    is_sharded,
-    keep_float32,
-    lora_config,
-    merged_state,
-    model_name,
-    no_future_warnings,
-    on_cpu,
-    open_model,
-    refuse_diverged,
-    release,
-    resolve_precision,
-    save_model,
-    world,
-)
+from .models import full_state, gather_to_generate, inference, is_sharded, keep_float32, lora_config
+from .models import merged_state, model_name, no_future_warnings, on_cpu, open_model, refuse_diverged
+from .models import release, resolve_precision, save_model, world
 from .play import curve_row, end_tokens, evaluate, generate, play
 
 # %% ../nbs/02_ppo.ipynb #54112183

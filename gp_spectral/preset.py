@@ -27,7 +27,7 @@ from .grpo import GRPOConfig
 from .ppo import PPOConfig
 from .sft import SFTConfig
 
-# %% ../nbs/06_preset.ipynb #c5a5aa40
+# %% ../nbs/06_preset.ipynb #bb368897
 _TRAININGS = dict(sft=SFTConfig, ppo=PPOConfig, grpo=GRPOConfig)
 SHARED = ("lora", "dtype", "precision", "gradient_checkpointing")  # of the model, the same in all trainings
 _SAID_ELSEWHERE = ("seed", "n_eval", "max_new_tokens", "scale_rewards", "loss_type")
@@ -36,17 +36,30 @@ _SHORTER = dict(batch_size="batch")
 
 def _keys():
     "{key: (training, setting)} of all settings that have a key of their own."
-    found, of_ppo = {}, {s.name for s in fields(PPOConfig)}
+    keys, of_ppo = {}, {s.name for s in fields(PPOConfig)}
     for training, config in _TRAININGS.items():
         without = {*SHARED, *_SAID_ELSEWHERE} | (of_ppo if training == "grpo" else set())
         own = [s for s in fields(config) if s.name not in without]
-        found |= {f"{training}_{_SHORTER.get(s.name, s.name)}": (training, s) for s in own}
-    return found
+        keys |= {f"{training}_{_SHORTER.get(s.name, s.name)}": (training, s) for s in own}
+    return keys
 
 
 _KEYS = _keys()
 
-# %% ../nbs/06_preset.ipynb #e0d24eff
+# %% ../nbs/06_preset.ipynb #63536e58
+class _Keyed(Config):
+    "Settings with keys."
+
+    def refuse(
+        self,
+        name: str,  # of a setting
+        expected: str,  # what it should have been
+        value=None,  # what of it is wrong; the whole is told
+    ):
+        "Raises the `ValueError` of a setting that is wrong, by its key."
+        raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}")
+
+# %% ../nbs/06_preset.ipynb #1d8399d5
 def _optional(setting):
     return type(None) in get_args(setting.type)
 
@@ -62,11 +75,11 @@ def _with_zero(setting):
 
 _shared = [(s.name, s) for s in fields(SFTConfig) if s.name in SHARED]
 _settings = [(key, *_with_zero(s)) for key, s in [*((k, s) for k, (_, s) in _KEYS.items()), *_shared]]
-_Trainings = make_dataclass("_Trainings", _settings, bases=(Config,), frozen=True)
+_Trainings = make_dataclass("_Trainings", _settings, bases=(_Keyed,), frozen=True)
 
-# %% ../nbs/06_preset.ipynb #271698f3
+# %% ../nbs/06_preset.ipynb #8c0a771e
 @dataclass(frozen=True)
-class Game(Config):
+class Game(_Keyed):
     "The game, and the model that plays it."
 
     model: str = option("tiny", "what all begins with: tiny, smollm2, a folder, or org/name on the hub")
@@ -88,9 +101,9 @@ class Game(Config):
             for name, rule in (("ID", self.id_rule), ("OOD", self.ood_rule))
         }
 
-# %% ../nbs/06_preset.ipynb #861a8e8d
+# %% ../nbs/06_preset.ipynb #a9da05df
 @dataclass(frozen=True)
-class _Measured(Config):
+class _Measured(_Keyed):
     "How much is asked, and what is edited in the recovery."
 
     test_problems: int = option(400, "of the split `test`, per rule and checkpoint", least=1)
@@ -101,7 +114,7 @@ class _Measured(Config):
     tops: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "shares of the ranks to restore", above=0, most=1)
     recovery_problems: int = option(300, "of the split `test`, per rule and repair", least=1)
 
-# %% ../nbs/06_preset.ipynb #a5ee8e73
+# %% ../nbs/06_preset.ipynb #8b48ba7f
 @dataclass(frozen=True)
 class Preset(_Measured, _Trainings, Game):
     "Every setting of a study; `settings_table` explains them."
@@ -128,9 +141,6 @@ class Preset(_Measured, _Trainings, Game):
             self.refuse("ppo_starts", "numbers above 0 with 1.0 (SFT_End) among them")
         if any(k > self.ppo_iterations for k in self.ppo_keep):
             self.refuse("ppo_keep", f"rounds, at most {self.ppo_iterations}")
-
-    def refuse(self, name, expected, value=None):
-        raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}")
 
 # %% ../nbs/06_preset.ipynb #89a3ad8e
 def _said(preset, training):
@@ -217,7 +227,7 @@ def _ini(file):
         raise ValueError(f"{file} cannot be read: {e}") from e
     return {s: {key: (text, f"{file} [{s}]") for key, text in ini[s].items()} for s in ini.sections()}
 
-# %% ../nbs/06_preset.ipynb #b7010dc4
+# %% ../nbs/06_preset.ipynb #0ca95ad7
 def _is_foreign(
     sections,  # of a file, as from `_ini`
     presets,  # names of presets that are known or asked for
@@ -235,15 +245,15 @@ def _shipped():
 
 def _sections(files, name):
     "The sections of our own file, or of those that are given, later ones over earlier ones."
-    found = {}
+    known = {}
     for file in [_shipped(), "settings.ini"] if files is None else files:
         sections = _ini(file)
-        if files is None and found and sections and _is_foreign(sections, {*found, name}):
+        if files is None and known and sections and _is_foreign(sections, {*known, name}):
             warnings.warn(f"{Path(file).resolve()} has no setting of gp-spectral in it, and is not read", stacklevel=3)
             continue
         for section, texts in sections.items():
-            found.setdefault(section, {}).update(texts)
-    return found
+            known.setdefault(section, {}).update(texts)
+    return known
 
 # %% ../nbs/06_preset.ipynb #d89f2e07
 def _line(sections, name):
@@ -350,7 +360,7 @@ def read_preset(
     known = json.loads(file.read_text())
     return Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
-# %% ../nbs/06_preset.ipynb #a752dca4
+# %% ../nbs/06_preset.ipynb #0570029e
 def settings_arguments(
     parser: argparse.ArgumentParser,  # of the command
 ):
@@ -364,6 +374,4 @@ def run_settings(
     "Prints every setting as a settings file has it, with its default, its range and what it does."
     table = settings_table(preset_of(args)[0])
     for r in table.itertuples():
-        was = f"default {r.default or 'nothing'}" if r.value != r.default else ""
-        known = "; ".join(x for x in (was, r.range or r.kind) if x)
-        print(f"{f'{r.key} = {r.value}':42}  {r.help} ({known})")
+        print(f"{f'{r.key} = {r.value}':42}  {r.help} (default: {r.default or 'none'}; {r.range or r.kind})")

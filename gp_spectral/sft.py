@@ -25,22 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 from .book import TrainerBook, task_name, task_names
 from .config import Config, option
-from gp_spectral.models import (
-    Float32Outputs,
-    accumulating,
-    gather_to_generate,
-    lora_config,
-    model_name,
-    no_future_warnings,
-    one_gpu,
-    open_model,
-    quiet,
-    refuse_diverged,
-    release,
-    resolve_precision,
-    save_model,
-    world,
-)
+from .models import Float32Outputs, accumulating, gather_to_generate, lora_config, model_name
+from .models import no_future_warnings, one_gpu, open_model, quiet, refuse_diverged, release
+from .models import resolve_precision, save_model, world
 from .play import curve_row, evaluate
 
 # %% ../nbs/01_sft.ipynb #fbaa490d
@@ -197,7 +184,7 @@ _ALWAYS = dict(
     disable_tqdm=True,
 )
 
-
+# %% ../nbs/01_sft.ipynb #79ae0ff7
 def _arguments(config, micro, accumulate, trackers, folder):
     "TRL's settings."
     from trl import SFTConfig as TRLArguments
@@ -262,7 +249,7 @@ class _Bar(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-
+# %% ../nbs/01_sft.ipynb #e0f0e5b6
 def _run_trl(network, tokenizer, data, args, curve, lora, progress):
     "TRL's trainer with our callbacks, from the beginning or from the state that the book names."
     given = dict(model=network, args=one_gpu(args), train_dataset=data, processing_class=tokenizer)

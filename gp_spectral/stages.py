@@ -145,7 +145,7 @@ class _OtherHands:
             raise AttributeError(name)  # of a copy that is not filled yet
         return getattr(self.task, name)
 
-# %% ../nbs/06a_stages.ipynb #8349bf0f
+# %% ../nbs/06a_stages.ipynb #11483071
 class BothRules(_OtherHands):
     "The game under both rules in turn, on the hands of the split `pretrain`: what SFT can then forget."
 
@@ -159,7 +159,14 @@ class BothRules(_OtherHands):
     def __repr__(self):
         return f"BothRules({', '.join(map(repr, self.tasks))})"
 
-    def problems(self, split, n, seed=0, distinct=None):
+    def problems(
+        self,
+        split: str,  # of the hands; `train` stands for `pretrain`
+        n: int,  # how many problems
+        seed: int | str = 0,  # of the draw
+        distinct: int | None = None,  # different hands at most, per rule
+    ) -> list:
+        "As many problems under the one rule as under the other, in turn."
         dealt = [t.problems("pretrain" if split == "train" else split, -(-n // 2), seed, distinct) for t in self.tasks]
         return [p for pair in zip(*dealt) for p in pair][:n]
 
@@ -171,7 +178,7 @@ def _answerable(task, problem):
     except ValueError:
         return False
 
-# %% ../nbs/06a_stages.ipynb #112acfed
+# %% ../nbs/06a_stages.ipynb #8db5ff6b
 class Unseen(_OtherHands):
     "A task whose training hands are those that SFT was not given: RL then learns on what the model cannot recite."
 
@@ -189,7 +196,13 @@ class Unseen(_OtherHands):
     def __repr__(self):
         return f"Unseen({self.task!r}, SFT on {self.hands})"
 
-    def problems(self, split, n, seed=0):
+    def problems(
+        self,
+        split: str,  # of the hands
+        n: int,  # how many problems
+        seed: int | str = 0,  # of the draw
+    ) -> list:
+        "In training, problems that SFT was not given; a `ValueError` where there are none."
         if split != "train":
             return self.task.problems(split, n, seed)
         dealt = []

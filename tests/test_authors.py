@@ -14,9 +14,10 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from gp_spectral.env import GeneralPoints
-from gp_spectral.sft import generate, load_model, prompt_ids, retry_ids, save_model
+from gp_spectral.models import load_model, save_model
+from gp_spectral.play import generate, prompt_ids, retry_ids
+from gp_spectral.cli import main
 from gp_spectral.preset import load_preset
-from gp_spectral.study import main
 
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"

@@ -588,10 +588,7 @@ def test_what_is_written_is_on_disk_first(tmp_path, monkeypatch):
 def test_workers_keep_to_a_part_of_the_checkpoint():
     small, big = [(1536, 576)], [(4096, 1024), (1024, 1024)]
     assert jobs.workers(big, 100, False, 768 << 20) == 1  # two would need more than 300 MiB
-    assert (
-        jobs.workers([(14336, 4096)], 100, False, 16 << 30) <= 2
-        and jobs.workers([(14336, 4096)], 1, False, 0) == 1
-    )
+    assert jobs.workers([(14336, 4096)], 100, False, 16 << 30) <= 2 and jobs.workers([(14336, 4096)], 1, False, 0) == 1
     assert (
         jobs.workers(small, 100, False, 256 << 20) == min(len(os.sched_getaffinity(0)), 4)
         if hasattr(os, "sched_getaffinity")

@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 from gp_spectral.folders import write_json
 from gp_spectral import stages
+from gp_spectral.cli import main
 from gp_spectral.preset import load_preset, read_preset, settings_table
 from gp_spectral.report import write_report
 from gp_spectral.stages import Study, Unseen, recovery_plan
-from gp_spectral.study import _Progress, main
+from gp_spectral.study import _Progress
 
 LITTLE = dict(
     test_problems=24,
@@ -37,10 +38,7 @@ def start(out, *more, log="log.txt"):
     "The study in a process of its own, always with the same number of threads: other tests may have changed theirs."
     with open(out / log, "a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "gp_spectral.study", *COMMAND, *more, "--out", str(out)],
-            stdout=log,
-            stderr=log,
-            cwd=out,
+            [sys.executable, "-m", "gp_spectral", *COMMAND, *more, "--out", str(out)], stdout=log, stderr=log, cwd=out
         )
 
 
