@@ -348,7 +348,7 @@ INTRUDER_COSINE = 0.5  # a vector is an intruder when its largest |cosine| with 
 
 def count_intruders(
     cosines,  # (r, k) of k new vectors with all old ones
-    below=INTRUDER_COSINE,
+    below=INTRUDER_COSINE,  # a vector is an intruder when its largest |cosine| is below this
 ) -> int:
     "How many of the new vectors resemble none of the old ones."
     return int((cosines.abs().max(0).values < below).sum())

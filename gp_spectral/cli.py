@@ -51,12 +51,12 @@ _TRAINING = {
     ),
 }
 
-# %% ../nbs/08_cli.ipynb #8e85adef
+# %% ../nbs/08_cli.ipynb #8924a2af
 _SPECTRAL = {
     "spectrum": Command(
         "svd",
         "singular values of checkpoints",
-        ("spectrum base/ sft/ --kinds q_proj --layers 'first 25%' --plot spectrum.png", "spectrum tiny --table s.csv"),
+        ("spectrum base/ sft/ --kinds q_proj --layers 'first 25%' --plot s.png", "spectrum tiny --table s.csv"),
     ),
     "compare": Command(
         "angles",

@@ -705,6 +705,7 @@ def run_spectrum(
         name = table.matrix.iloc[0]
         ax = plot_spectrum(table, name, shape=cs[0].find(name).shape)
         ax.figure.savefig(args.plot, dpi=150, bbox_inches="tight")
+        plt.close(ax.figure)
         print(f"picture of {name} written to {args.plot}")
     if args.table:
         table.to_csv(args.table, index=False) if args.table.endswith(".csv") else table.to_parquet(args.table)

@@ -1,7 +1,8 @@
 """Reading checkpoints of many families, adapters and fp8, and writing into copies.
 
-Views are compared with what the running model computes, never with a second copy of the slicing: attention is replaced by a spy that sees the queries,
-keys and values of one token (at position 0, where rotary embeddings turn nothing), and MLPs are watched at their last layer."""
+Views are compared with what the running model computes, never with a second copy of the slicing: attention is replaced
+by a spy that sees the queries, keys and values of one token (at position 0, where rotary embeddings turn nothing), and
+MLPs are watched at their last layer."""
 
 import json
 import os
@@ -186,7 +187,7 @@ ATTENTION = {
 
 
 def spied(model, attention, monkeypatch):
-    "Runs one token through the model: the input of the first attention block, and the queries, keys and values that it computed, (heads, head_dim) each."
+    "Runs one token: the first attention block's input, and its queries, keys and values, (heads, head_dim) each."
     seen, block = {}, next(m for n, m in model.named_modules() if n.endswith(f".{attention}"))
 
     def entering(m, args, kwargs):
@@ -280,7 +281,7 @@ def test_attention_views(family, families, monkeypatch):
     ],
 )
 def test_output_heads(family, out, families):
-    "An attention in which only one head says anything: what the block then writes is that head's part of the output matrix."
+    "Only one head says anything: what the block then writes is that head's part of the output matrix."
     _, folder = families(family)
     model, c, said = build(family), Checkpoint(folder), {}
     attention = ATTENTION[family]
@@ -678,7 +679,8 @@ def fp8_checkpoint(folder, to, style):
 @pytest.mark.parametrize("style", STYLES)
 def test_fp8(style, families, tmp_path):
     _, folder = families("llama")
-    original, w = Checkpoint(folder), fp8_checkpoint(folder, tmp_path / "q", style)
+    original = Checkpoint(folder)
+    fp8_checkpoint(folder, tmp_path / "q", style)
     c = Checkpoint(tmp_path / "q")
     assert [m.name for m in c.matrices()] == [m.name for m in original.matrices()] and c.matrices("embed_tokens")
     half = 2.0 ** (-3 if style == "e5m2" else -4)
@@ -723,7 +725,7 @@ def test_fp8_default_blocks_and_digest(tmp_path):
 
 
 def test_fp8_agrees_with_transformers(families, tmp_path):
-    "For blocks that divide the matrix; at smaller blocks along the edges transformers, when it dequantises on a CPU, takes the wrong block size."
+    "For blocks that divide the matrix: at smaller blocks along the edges transformers on a CPU takes the wrong size."
     _, folder = families("llama")
     fp8_checkpoint(folder, tmp_path / "q", "even")
     with warnings.catch_warnings():
@@ -1080,7 +1082,7 @@ WRITES = [
 
 @pytest.mark.parametrize("family", WRITES)
 def test_write_and_reload(family, families, tmp_path):
-    "Everything written as it was: the same bytes. One part doubled: transformers loads it, and nothing else has changed."
+    "Written as it was: the same bytes. One part doubled: transformers loads it, and nothing else has changed."
     model, folder = families(family)
     c, out = Checkpoint(folder), tmp_path / "copy"
     c.copy_to(out)

@@ -1,4 +1,4 @@
-"Comparing whole checkpoints: accuracy from end to end, floors and verdicts, killed and resumed, one process or several."
+"Comparing whole checkpoints: accuracy from end to end, floors and verdicts, killed and resumed, shared."
 
 import json
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers as tf
 from made import changed, gaussian, orthonormal, trained, weights, write
 
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from gp_spectral.angles import (
 from gp_spectral.checkpoint import Checkpoint
 from gp_spectral.folders import CheckpointError
 from gp_spectral.jobs import share_out
+from gp_spectral.recovery import recover
 from gp_spectral.svd import DRIVERS, FactorCache, factorize, factors, singular_values, spectrum, time_drivers
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -285,7 +287,7 @@ def test_the_floor_comes_before_chance(tmp_path):
 
 
 def test_directions_that_one_of_the_two_lacks(tmp_path):
-    "Whichever is the base: a band that one of them has only as rounding has not turned, and its singular values have no relative change."
+    "Whichever is the base: a band that one has only as rounding has not turned, and its σ have no relative change."
     W = gaussian(96, 64).float()
     U, s, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     low = (U[:, :40] * s[:40] @ Vh[:40]).float()
@@ -627,6 +629,103 @@ def test_memory_of_a_768_mib_pair_with_the_default_workers(tmp_path):
         check=True,
     )
     assert int(done.stdout.split()[-1]) <= 300
+
+
+# --- models in memory
+
+
+def llama(tied=False):
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=tied))
+
+
+SIZES = dict(
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+)
+MODELS = {
+    "llama": llama,
+    "tied": lambda: llama(tied=True),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=40, n_embd=24, n_layer=2, n_head=3, n_positions=32)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def live(request, tmp_path):
+    "((base, other) in memory, (base, other) as folders)"
+    torch.manual_seed(0)
+    base = MODELS[request.param]()
+    other = MODELS[request.param]()
+    other.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        for p in other.parameters():
+            p += 0.01 * torch.randn_like(p)
+    for name, model in (("base", base), ("other", other)):
+        model.save_pretrained(tmp_path / name)
+    return (Checkpoint(base, "base"), Checkpoint(other, "other")), (tmp_path / "base", tmp_path / "other")
+
+
+def test_models_in_memory_compare_like_their_folders(live):
+    "To the bit, and mixed with folders."
+    models, folders = live
+    expected = compare_all(folders, progress=False, cache=False)
+    for pair in (models, (models[0], folders[1]), (folders[0], models[1])):
+        same(compare_all(pair, progress=False, cache=False), expected)
+    for kinds in (None, "embed_tokens" if "embed" in " ".join(models[0].names) else "wte"):
+        a, b = (spectrum(c, kinds, progress=False, cache=False) for c in (models[0], folders[0]))
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+    name = models[0].matrices()[0].name
+    tables = [
+        (svd.sigma_change(*pair, progress=False, cache=False), module.angle_profile(*pair, models[0].find(name).tensor))
+        for pair in (models, folders)
+        if "[" not in name
+    ]
+    for a, b in zip(*tables):
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def test_models_are_given_as_they_are(tmp_path, monkeypatch):
+    "No `Checkpoint` is needed; two models of one class are told apart, and the factors of one are found again."
+    torch.manual_seed(0)
+    a, b = llama(), llama()
+    t = compare(a, b, layers=[0], progress=False, cache=tmp_path / "kept")
+    assert set(t.base) == {"LlamaForCausalLM 1"} and set(t.other) == {"LlamaForCausalLM 2"}
+    assert set(compare(a, a, layers=[0], progress=False).other) == {"LlamaForCausalLM"}
+    assert set(spectrum(a, layers=0, progress=False, cache=False).checkpoint) == {"LlamaForCausalLM"}
+    a.save_pretrained(tmp_path / "a")
+    monkeypatch.setattr(svd, "_short_side", lambda *x: pytest.fail("decomposed twice"))
+    spectrum(tmp_path / "a", layers=0, progress=False, cache=tmp_path / "kept")
+
+
+def test_a_comparison_of_models_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(0)
+    a, b, out = llama(), llama(), tmp_path / "out"
+    compare_all([a, b], layers=[0], progress=False, cache=False, out=out)
+    same(compare_all([a, b], layers=[0], progress=False, cache=False, out=out), read_comparison(out))
+    with torch.no_grad():
+        b.model.layers[0].self_attn.q_proj.weight += 1
+    with pytest.raises(CheckpointError, match="other files"):
+        compare_all([a, b], layers=[0], progress=False, cache=False, out=out)
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path):
+    for ask in (
+        lambda: compare(3, 4),
+        lambda: spectrum(torch.zeros(3)),
+        lambda: svd.sigma_change(None, None),
+        lambda: module.angle_profile([], [], "x"),
+    ):
+        with pytest.raises(TypeError, match="is not a checkpoint: expected a folder, a hub name"):
+            ask()
+    folder = write(tmp_path / "a", weights())
+    for pair in ((llama(), folder), (folder, llama())):
+        with pytest.raises(TypeError, match="LlamaForCausalLM in memory is no folder: expected one, save it first"):
+            recover(*pair, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 # --- requests

@@ -1,4 +1,4 @@
-"Property and fault tests of the spectral wing. Everything here is made of small random matrices; no model of the game is needed."
+"Property and fault tests of the spectral wing, on small random matrices; no model of the game is needed."
 
 import json
 import struct
@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+import made
 from made import changed, gaussian, orthonormal, trained, weights, write
 from scipy.linalg import subspace_angles
 
@@ -17,6 +18,7 @@ from gp_spectral.folders import CheckpointError
 from gp_spectral.svd import factorize, looks_untrained, sigma_change, singular_values, spectrum
 
 torch.set_num_threads(1)
+checkpoints = made.checkpoints  # a fixture
 
 
 # --- angles
