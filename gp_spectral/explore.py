@@ -10,6 +10,7 @@ __all__ = ['matrices', 'pair_angles', 'draw', 'explore']
 # %% ../nbs/07_explore.ipynb #b778c74f
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython.display import display
 
 from .angles import angle_profile, plot_map, plot_profile
@@ -31,7 +32,7 @@ def pair_angles(
     base,  # a checkpoint's name: base, max_ood, end or rl
     other,  # the one that it is compared with
     seed=0,  # which repetition
-):
+) -> pd.DataFrame:
     "The rows of a pair in the study's table of angles; a `ValueError` names the pairs that it has."
     t = study.tables["angles"]
     rows = t[(t.base == base) & (t.other == other) & (t.seed == seed)]

@@ -203,8 +203,10 @@ def made_page(preset=Preset(), command=HOSTILE, note=""):
 
 def test_whatever_is_typed_is_shown_and_not_run():
     "In every place that a person can fill: the note, the model's name, rules, the command, titles, names of stages."
-    strange = dict(note=HOSTILE, model=HOSTILE, id_rule=HOSTILE, ood_rule=HOSTILE, target=HOSTILE, rl=HOSTILE)
-    _, page = made_page(Preset(**strange), note=HOSTILE)
+    preset = Preset()
+    for key in ("note", "model", "id_rule", "ood_rule", "target", "rl"):
+        object.__setattr__(preset, key, HOSTILE)  # past what a preset itself would refuse
+    _, page = made_page(preset, note=HOSTILE)
     assert "<script" not in page
     assert html.unescape(re.findall(r"<code>(.*?)</code>", page)[0]) == HOSTILE
     assert html.unescape(re.findall(r'<img alt="(.*?)"', page)[0]) == HOSTILE
