@@ -178,7 +178,7 @@ def _answerable(task, problem):
     except ValueError:
         return False
 
-# %% ../nbs/06a_stages.ipynb #8db5ff6b
+# %% ../nbs/06a_stages.ipynb #460c8b58
 class Unseen(_OtherHands):
     "A task whose training hands are those that SFT was not given: RL then learns on what the model cannot recite."
 
@@ -196,22 +196,24 @@ class Unseen(_OtherHands):
     def __repr__(self):
         return f"Unseen({self.task!r}, SFT on {self.hands})"
 
-    def problems(
-        self,
-        split: str,  # of the hands
-        n: int,  # how many problems
-        seed: int | str = 0,  # of the draw
-    ) -> list:
-        "In training, problems that SFT was not given; a `ValueError` where there are none."
-        if split != "train":
-            return self.task.problems(split, n, seed)
-        dealt = []
-        for part in range(100):
-            new = self.task.problems("train", 4 * n, f"{seed}:unseen:{part}")
-            dealt += [p for p in new if p.key not in self.seen and _answerable(self.task, p)]
-            if len(dealt) >= n:
-                return dealt[:n]
-        raise ValueError("rl_hands = unseen: SFT is given all hands of the split; set sft_hands to fewer")
+# %% ../nbs/06a_stages.ipynb #6173f66d
+@patch
+def problems(
+    self: Unseen,
+    split: str,  # of the hands
+    n: int,  # how many problems
+    seed: int | str = 0,  # of the draw
+) -> list:
+    "In training, problems that SFT was not given; a `ValueError` where there are none."
+    if split != "train":
+        return self.task.problems(split, n, seed)
+    dealt = []
+    for part in range(100):
+        new = self.task.problems("train", 4 * n, f"{seed}:unseen:{part}")
+        dealt += [p for p in new if p.key not in self.seen and _answerable(self.task, p)]
+        if len(dealt) >= n:
+            return dealt[:n]
+    raise ValueError("rl_hands = unseen: SFT is given all hands of the split; set sft_hands to fewer")
 
 # %% ../nbs/06a_stages.ipynb #943dda0a
 class Study:
@@ -433,7 +435,7 @@ def _ask(study, path, name, retry=True):
             answers.append(told.assign(rule=rule, allowed=attempts))
     return pd.concat(answers)
 
-# %% ../nbs/06a_stages.ipynb #4413319e
+# %% ../nbs/06a_stages.ipynb #9cd59520
 def _padded(rows, pad):
     "(ids, mask, labels), each (rows, longest), of pairs of a prompt's and an answer's tokens; -100: not to be learnt."
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
