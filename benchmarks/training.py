@@ -100,7 +100,7 @@ def in_turn(
 def opened(a):
     "(model, tokenizer, task, what to call the checkpoint)."
     from gp_spectral.env import GeneralPoints
-    from gp_spectral.sft import load_model, resolve
+    from gp_spectral.models import load_model, resolve
 
     return (
         *load_model(a.model, dtype="float32"),
@@ -170,7 +170,8 @@ def bare_sft(model, batches, lr, warmup, answers_only):
 
 
 def sft(a):
-    from gp_spectral.sft import load_model, train_sft
+    from gp_spectral.models import load_model
+    from gp_spectral.sft import train_sft
 
     model, _, task, label = opened(a)
     del model
@@ -239,7 +240,7 @@ def sft(a):
 
 def endless(model, folder):
     "A copy of a checkpoint whose end token lies beyond its vocabulary: every answer goes on to the token limit."
-    from gp_spectral.sft import resolve
+    from gp_spectral.models import resolve
     from transformers import AutoConfig, AutoTokenizer
 
     source, folder = resolve(model).resolve(), Path(folder)
@@ -300,7 +301,7 @@ def written(episodes):
 
 def recorded(play, *args, **kwargs):
     "(episodes, the arguments of each call of the sampler, by name)."
-    from gp_spectral.sft import generate
+    from gp_spectral.play import generate
 
     calls, signature = [], inspect.signature(generate)
 
@@ -337,7 +338,8 @@ def padding(calls):
 def rollout(a):
     from gp_spectral.env import GeneralPoints
     from gp_spectral.ppo import PPOConfig, rollout as ours_rollout
-    from gp_spectral.sft import generate, load_model, play, prompt_ids
+    from gp_spectral.models import load_model
+    from gp_spectral.play import generate, play, prompt_ids
 
     class Untiring(GeneralPoints):
         "Nobody has solved anything: all conversations go on to the last attempt."
@@ -579,7 +581,7 @@ def trl_ppo_worker(job, gate):
 def grpo_worker(job, gate):
     from datasets import Dataset
     from gp_spectral.env import GeneralPoints
-    from gp_spectral.sft import load_model
+    from gp_spectral.models import load_model
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -707,7 +709,7 @@ def ppo_ways(a):
 
 
 def ppo(a):
-    from gp_spectral.sft import prompt_ids
+    from gp_spectral.play import prompt_ids
 
     model, tokenizer, task, label = opened(a)
     del model

@@ -49,6 +49,11 @@ _TRAINING = {
         "success of checkpoints under both rules",
         ("evaluate tiny out/ppo/checkpoint", "evaluate tiny --table answers.csv"),
     ),
+    "settings": Command(
+        "preset",
+        "every setting of a preset, with its default, its range and what it does",
+        ("settings --preset smollm2",),
+    ),
 }
 
 # %% ../nbs/08_cli.ipynb #8924a2af

@@ -8,50 +8,35 @@ Docs: https://gp-spectral.github.io/gp_spectral/grpo.html.md"""
 __all__ = ['group_advantages', 'GRPOConfig', 'training_problems', 'prompt_dataset', 'Verifier', 'check_padding', 'check_launch',
            'train_grpo']
 
-# %% ../nbs/02b_grpo.ipynb #d732953c
-import dataclasses
-import json
+# %% ../nbs/02b_grpo.ipynb #e1b47cdf
 import math
 import os
-import shutil
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any, Callable
 
 import pandas as pd
 import torch
 from datasets import Dataset
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from .folders import write_json
-from gp_spectral.sft import (
-    check_numbers,
-    complete,
-    curve_row,
-    evaluate,
-    finished,
-    load_model,
-    lora_config,
-    one_at_a_time,
-    prompt_ids,
-    save_model,
-    success_rate,
-    task_name,
-    world,
-)
-from .sft import Float32Outputs, accumulating, one_gpu, release, resolve_precision, write_table
+from .book import TrainerBook, task_name, task_names
+from .config import Config, check_counts, option
+from .models import Float32Outputs, accumulating, lora_config, model_name, no_future_warnings, one_gpu
+from .models import open_model, quiet, release, resolve_precision, save_model, world
+from .play import curve_row, end_tokens, evaluate, prompt_ids
 
-# %% ../nbs/02b_grpo.ipynb #7ea01b5f
+# %% ../nbs/02b_grpo.ipynb #cd274e35
 def group_advantages(
-    rewards,  # (n, G): G answers to each of n problems
-    method="grpo",  # 'grpo' or 'rloo'
-    scale="group",  # what GRPO divides by: the standard deviation of the 'group', of the 'batch', or 'none'
-):  # (n, G)
+    rewards: torch.Tensor,  # (n, G): G answers to each of n problems
+    method: str = "grpo",  # 'grpo' or 'rloo'
+    scale: str = "group",  # what GRPO divides by: the standard deviation of the 'group', of the 'batch', or 'none'
+) -> torch.Tensor:  # (n, G)
     "The advantages of GRPO and RLOO."
     mean = rewards.mean(1, keepdim=True)
     if method == "rloo":
@@ -60,254 +45,278 @@ def group_advantages(
         return rewards - mean
     return (rewards - mean) / ((rewards.std(1, keepdim=True) if scale == "group" else rewards.std()) + 1e-4)
 
-# %% ../nbs/02b_grpo.ipynb #002f5ca7
-_COUNTS = ("iterations", "samples", "generations", "attempts", "epochs", "minibatch", "microbatch")
-_ABOVE_ZERO = ("temperature", "reward_scale", "clip", "lr", "adam_eps", "max_grad_norm")
-_CHOICES = dict(
-    loss_type=("dapo", "grpo", "dr_grpo", "bnpo"),
-    scale_rewards=("group", "batch", "none"),
-    kl=("off", "loss", "reward"),
-    dtype=("float32", "bfloat16"),
-    precision=("auto", "no", "bf16", "fp16"),
-)
+# %% ../nbs/02b_grpo.ipynb #2c19b3c2
+@dataclass
+class _Answers(Config):
+    iterations: int = option(30, "rounds of answering and updating", least=1)
+    samples: int = option(192, "answers per round, over all processes", least=1)
+    generations: int = option(8, "answers per problem: the group", least=1)
+    attempts: int = option(1, "only 1: TRL's trainers play no second turn", least=1)
+    temperature: float = option(1.0, "of sampling, and of the log-probabilities that are optimised", above=0)
+    max_new_tokens: int = option(0, "per answer; 0 asks the task", least=0)
+
+
+_SCALES = "GRPO: the standard deviation by which advantages are divided"
+_LOSSES = "GRPO: dapo, a mean over all tokens; grpo, over each answer's and then over answers; or two more of TRL's"
 
 
 @dataclass
-class GRPOConfig:
+class _Loss(Config):
+    reward_scale: float = option(0.2, "rewards are multiplied by this", above=0)
+    scale_rewards: str = option("group", _SCALES, choices=("group", "batch", "none"))
+    clip: float = option(0.2, "of the probability ratio: a token's (GRPO), an answer's (RLOO)", above=0)
+    loss_type: str = option("dapo", _LOSSES, choices=("dapo", "grpo", "dr_grpo", "bnpo"))
+    kl: str = option("off", "KL to the starting policy: loss (GRPO), reward (RLOO)", choices=("off", "loss", "reward"))
+    kl_coef: float = option(0.05, "its weight", least=0)
+
+# %% ../nbs/02b_grpo.ipynb #a4ea4f1a
+@dataclass
+class _Steps(Config):
+    epochs: int = option(2, "passes over a round's answers", least=1)
+    minibatch: int = option(96, "answers per optimizer step, over all processes", least=1)
+    microbatch: int = option(96, "answers per forward pass and process (gradients are accumulated)", least=1)
+    lr: float = option(3e-4, "AdamW", above=0)
+    lr_end: float = option(-1.0, "cosine from lr to lr_end over all optimizer steps; negative: constant")
+    adam_eps: float = option(1e-8, "of AdamW", above=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+
+
+@dataclass
+class _Model(Config):
+    lora: int = option(0, "LoRA rank; 0 trains all weights", least=0)
+    dtype: str = option("float32", "of weights and updates", choices=("float32", "bfloat16"))
+    precision: str = option(
+        "auto", "of the arithmetic; auto: what the launch says", choices=("auto", "no", "bf16", "fp16")
+    )
+    gradient_checkpointing: bool = option(False, "less memory for more time")
+    seed: int = option(0, "of hands, sampling and order", least=0)
+
+# %% ../nbs/02b_grpo.ipynb #9cbf011a
+@dataclass
+class GRPOConfig(_Model, _Steps, _Loss, _Answers):
     "All settings of `train_grpo`. The defaults are for the model that comes with the package."
 
-    # answering
-    iterations: int = 30  # rounds of answering and updating
-    samples: int = 192  # answers per round, over all processes
-    generations: int = 8  # answers per problem: the group
-    attempts: int = 1  # only 1: see below
-    temperature: float = 1.0  # of sampling, and of the log-probabilities that are optimised
-    max_new_tokens: int = 0  # per answer; 0 asks the task
-    # advantages
-    reward_scale: float = 0.2  # rewards are multiplied by this
-    scale_rewards: str = "group"  # GRPO: what advantages are divided by: the standard deviation of the 'group', of the 'batch', or 'none'
-    # the loss
-    clip: float = 0.2  # of the probability ratio: a token's (GRPO), an answer's (RLOO)
-    loss_type: str = "dapo"  # GRPO: mean over all tokens ('dapo'), over each answer's tokens and then over answers ('grpo'), or TRL's 'dr_grpo' and 'bnpo'
-    kl: str = "off"  # KL to the starting policy: 'off', 'loss' (GRPO), 'reward' (RLOO: taken off the answer's reward)
-    kl_coef: float = 0.05  # its weight
-    # the steps
-    epochs: int = 2  # passes over a round's answers
-    minibatch: int = 96  # answers per optimizer step, over all processes
-    microbatch: int = 96  # answers per forward pass and process (gradients are accumulated)
-    lr: float = 3e-4  # AdamW
-    lr_end: float = -1.0  # cosine from lr to lr_end over all optimizer steps; negative: constant
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    # the model
-    lora: int = 0  # LoRA rank; 0 trains all weights
-    dtype: str = "float32"  # of weights and updates
-    precision: str = "auto"  # of the arithmetic: 'no', 'bf16', 'fp16'; 'auto' as in `resolve_precision`
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
     def __post_init__(self):
-        def check(good, name, expected):
-            if not good:
-                raise ValueError(f"GRPOConfig.{name} is {getattr(self, name)!r}: expected {expected}")
-
-        for name, allowed in _CHOICES.items():
-            check(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
-        for name in (*_COUNTS, "lora", "max_new_tokens"):
-            check(
-                type(getattr(self, name)) is int and getattr(self, name) >= (name in _COUNTS),
-                name,
-                f"a whole number, {int(name in _COUNTS)} or more",
-            )
-        number = lambda name: isinstance(getattr(self, name), (int, float)) and math.isfinite(getattr(self, name))
-        for name in _ABOVE_ZERO:
-            check(number(name) and getattr(self, name) > 0, name, "a number above 0")
-        check(number("kl_coef") and self.kl_coef >= 0, "kl_coef", "a number, 0 or more")
-        check(number("lr_end"), "lr_end", "a number; a negative one keeps the rate constant")
-        check(
-            self.attempts == 1,
-            "attempts",
-            "1, because TRL's trainers give each answer one reward and play no second turn; train_ppo plays several",
-        )
-        check(self.generations > 1, "generations", "2 or more: an answer is compared with its siblings")
-        check(self.samples % self.generations == 0, "samples", f"a multiple of generations ({self.generations})")
-        check(self.samples % self.minibatch == 0, "samples", f"a multiple of minibatch ({self.minibatch})")
-        check(
-            self.minibatch % min(self.minibatch, self.microbatch) == 0,
-            "minibatch",
-            f"a multiple of microbatch ({self.microbatch})",
-        )
+        super().__post_init__()
+        if self.attempts != 1:
+            why = "because TRL's trainers give each answer one reward and play no second turn"
+            self.refuse("attempts", f"1, {why}; train_ppo plays several")
+        if self.generations < 2:
+            self.refuse("generations", "2 or more: an answer is compared with its siblings")
+        if self.samples % self.generations:
+            self.refuse("samples", f"a multiple of generations ({self.generations})")
+        if self.samples % self.minibatch:
+            self.refuse("samples", f"a multiple of minibatch ({self.minibatch})")
+        if self.minibatch % min(self.minibatch, self.microbatch):
+            self.refuse("minibatch", f"a multiple of microbatch ({self.microbatch})")
 
     @property
     def steps_per_round(self):
         "Optimizer steps between two rounds of answers."
         return self.epochs * self.samples // self.minibatch
 
-# %% ../nbs/02b_grpo.ipynb #2de2545c
-def training_problems(task, config):
-    "The problems of all rounds, in the order in which they are played."
+# %% ../nbs/02b_grpo.ipynb #485a33e0
+def training_problems(task: Any, config: GRPOConfig) -> list:
+    "The problems of all rounds, in the order in which they are played; a `ValueError` when there are too few."
     per_round, found = config.samples // config.generations, []
     for i in range(config.iterations):
         problems = task.problems("train", per_round, f"{config.seed}:{i}")
         if len(problems) != per_round:
-            raise ValueError(
-                f"{type(task).__name__} gave {len(problems)} problems for training in round {i + 1}: expected {per_round}, samples / generations"
-            )
+            gave = f"{type(task).__name__} gave {len(problems)} problems for training in round {i + 1}"
+            raise ValueError(f"{gave}: expected {per_round}, samples / generations")
         found += problems
     return found
 
 
-def prompt_dataset(task, problems):
-    "What TRL reads: the user's turn, and the problem's place in the list (a problem may be any Python object)."
-    return Dataset.from_list(
-        [dict(prompt=[dict(role="user", content=task.prompt(p))], problem=i) for i, p in enumerate(problems)]
-    )
+def prompt_dataset(
+    task: Any,
+    problems: list,  # any Python objects
+) -> Dataset:
+    "What TRL reads: the user's turn, and the problem's place in the list."
+    said = lambda p: [dict(role="user", content=task.prompt(p))]
+    return Dataset.from_list([dict(prompt=said(p), problem=i) for i, p in enumerate(problems)])
 
-# %% ../nbs/02b_grpo.ipynb #84cd4199
+# %% ../nbs/02b_grpo.ipynb #d0b58b62
 class Verifier:
     "The task's verifier as one of TRL's reward functions."
 
-    def __init__(self, task, problems, tokenizer, ends, scale=1.0):
-        self.task, self.problems, self.tokenizer, self.ends, self.scale, self.began = (
-            task,
-            problems,
-            tokenizer,
-            set(ends),
-            scale,
-            time.perf_counter(),
-        )
+    def __init__(
+        self,
+        task: Any,
+        problems: list,
+        tokenizer: Any,
+        ends: list,  # ids that end an answer
+        scale: float = 1.0,  # rewards are multiplied by this
+    ):
+        self.task, self.problems, self.tokenizer, self.ends, self.scale = task, problems, tokenizer, set(ends), scale
+        self.began = time.perf_counter()  # of the round
 
-    def __call__(self, completion_ids, problem, log_metric=lambda name, value: None, **kwargs):
-        "Scaled rewards of completions (lists of token ids) to problems (places in the list)."
-        seconds = time.perf_counter() - self.began
-        texts = [
-            self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.ends else ids, skip_special_tokens=True)
-            for ids in completion_ids
-        ]
-        found = [self.task.verify(self.problems[i], text) for i, text in zip(problem, texts)]
-        bad = next((f.reward for f in found if not math.isfinite(f.reward)), None)
-        if bad is not None:
-            raise ValueError(f"{type(self.task).__name__} gave the reward {bad}: expected a finite number")
-        for name, value in dict(
-            task_reward=sum(f.reward for f in found) / len(found),
-            success=sum(f.solved for f in found) / len(found),
-            tokens_per_second=sum(map(len, completion_ids)) / seconds,
-        ).items():
-            log_metric(name, value)
-        return [self.scale * f.reward for f in found]
+    def judge(self, ids, problem):
+        "The verdict on a completion."
+        answer = ids[:-1] if ids and ids[-1] in self.ends else ids
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        found = self.task.verify(self.problems[problem], text)
+        if not math.isfinite(found.reward):
+            gave = f"{type(self.task).__name__} gave the reward {found.reward}"
+            raise ValueError(f"{gave}: expected a finite number")
+        return found
 
-# %% ../nbs/02b_grpo.ipynb #84a756d4
+# %% ../nbs/02b_grpo.ipynb #f67855d3
+@patch
+def __call__(
+    self: Verifier,
+    completion_ids: list,  # of lists of token ids
+    problem: list,  # of each: its place in the list
+    log_metric: Callable = lambda name, value: None,  # TRL's
+    **kwargs,
+) -> list:  # a number for each
+    "Scaled rewards of completions."
+    seconds, n = time.perf_counter() - self.began, len(completion_ids)
+    found = [self.judge(ids, i) for ids, i in zip(completion_ids, problem)]
+    log_metric("task_reward", sum(f.reward for f in found) / n)
+    log_metric("success", sum(f.solved for f in found) / n)
+    log_metric("tokens_per_second", sum(map(len, completion_ids)) / seconds)
+    return [self.scale * f.reward for f in found]
+
+# %% ../nbs/02b_grpo.ipynb #b8eb2eb4
+def _last_probabilities(model, ids, mask):
+    "Of the token that follows."
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits[0, -1].float().softmax(-1)
+
+
 def check_padding(
-    model,
-    tokenizer,
-    prompts,  # lists of token ids
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: list,  # of lists of token ids
 ):
     "A `ValueError` when padding as TRL does it would change what the model says."
     short, width = min(prompts, key=len), max(map(len, prompts))
-    if len(short) == width:
+    left = width - len(short)
+    if not left:
         return
-    padded = torch.tensor([[tokenizer.pad_token_id] * (width - len(short)) + short], device=model.device)
-    mask = (torch.arange(width, device=model.device) >= width - len(short)).long()[None]
-    with torch.no_grad():
-        p, q = (
-            model(input_ids=i, attention_mask=m).logits[0, -1].float().softmax(-1)
-            for i, m in ((padded[:, width - len(short) :], mask[:, width - len(short) :]), (padded, mask))
-        )
-    off = 0.5 * (p - q).abs().sum().item()  # total variation
+    ids = torch.tensor([[tokenizer.pad_token_id] * left + short], device=model.device)
+    mask = (torch.arange(width, device=model.device) >= left).long()[None]
+    alone, padded = _last_probabilities(model, ids[:, left:], mask[:, left:]), _last_probabilities(model, ids, mask)
+    off = 0.5 * (alone - padded).abs().sum().item()  # total variation
     if off > (0.02 if model.dtype == torch.float32 else 0.2):
-        raise ValueError(
-            f"{type(model).__name__} gives {100 * off:.0f} % of its probability to other tokens once a prompt of {len(short)} tokens is padded to {width} on the left, "
-            "which is how TRL scores it: use a model with rotary positions, prompts of one length, or train_ppo"
-        )
+        what = f"{type(model).__name__} gives {100 * off:.0f} % of its probability to other tokens"
+        when = f"once a prompt of {len(short)} tokens is padded to {width} on the left, which is how TRL scores it"
+        raise ValueError(f"{what} {when}: use a model with rotary positions, prompts of one length, or train_ppo")
 
-# %% ../nbs/02b_grpo.ipynb #ac212577
+# %% ../nbs/02b_grpo.ipynb #1e942421
+_ALWAYS = dict(
+    shuffle_dataset=False,
+    top_k=0,
+    top_p=1.0,
+    min_p=None,
+    repetition_penalty=1.0,
+    disable_dropout=True,
+    weight_decay=0.0,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    save_strategy="no",
+    logging_nan_inf_filter=False,
+    disable_tqdm=True,
+    dataloader_num_workers=0,
+    ddp_find_unused_parameters=False,
+)
+
+
 def check_launch(
-    config,  # a `GRPOConfig`
-    processes=1,  # of the launch
+    config: GRPOConfig,
+    processes: int = 1,  # of the launch
 ):
     "A `ValueError` where the settings do not fit the launch."
     own = config.minibatch // processes
-    if config.minibatch % processes or own % min(config.microbatch, own):
-        raise ValueError(
-            f"GRPOConfig.minibatch is {config.minibatch}: expected a multiple of {processes} processes × microbatch {min(config.microbatch, own)}"
-        )
-
-
-def _arguments(config, method, folder, limit, processes=1, trackers=()):
-    "Keyword arguments of `trl.GRPOConfig` or `trl.RLOOConfig`."
-    check_launch(config, processes)
-    cuda, own, precision = torch.cuda.is_available(), config.minibatch // processes, resolve_precision(config.precision)
     micro = min(config.microbatch, own)
-    rate = (
-        dict(lr_scheduler_type="constant")
-        if config.lr_end < 0
-        else dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=dict(min_lr=config.lr_end))
-    )
+    if config.minibatch % processes or own % micro:
+        config.refuse("minibatch", f"a multiple of {processes} processes × microbatch {micro}")
+
+# %% ../nbs/02b_grpo.ipynb #b64b96b7
+def _round_arguments(config, method, limit):
+    own = dict(loss_type=config.loss_type, scale_rewards=config.scale_rewards)
     return dict(
         num_generations=config.generations,
         generation_batch_size=config.samples,
         num_iterations=config.epochs,
-        shuffle_dataset=False,
         max_completion_length=limit,
         temperature=config.temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=None,
-        repetition_penalty=1.0,
         epsilon=config.clip,
-        disable_dropout=True,
-        **(
-            dict(loss_type=config.loss_type, scale_rewards=config.scale_rewards)
-            if method == "grpo"
-            else dict(normalize_advantages=False)
-        ),
         beta=0.0 if config.kl == "off" else config.kl_coef,
+        **(own if method == "grpo" else dict(normalize_advantages=False)),
+    )
+
+
+def _step_arguments(config, processes):
+    own = config.minibatch // processes
+    micro, rate = min(config.microbatch, own), dict(lr_scheduler_type="constant")
+    if config.lr_end >= 0:
+        rate = dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=dict(min_lr=config.lr_end))
+    return dict(
         max_steps=config.iterations * config.steps_per_round,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=own // micro,
         learning_rate=config.lr,
         **rate,
-        weight_decay=0.0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
         adam_epsilon=config.adam_eps,
         max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
+    )
+
+# %% ../nbs/02b_grpo.ipynb #af80aa3c
+def _arguments(config, method, folder, limit, processes=1, trackers=()):
+    "Keyword arguments of `trl.GRPOConfig` or `trl.RLOOConfig`."
+    check_launch(config, processes)
+    cuda, precision = torch.cuda.is_available(), resolve_precision(config.precision)
+    machine = dict(
         use_cpu=not cuda,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         gradient_checkpointing=config.gradient_checkpointing,
-        output_dir=str(folder),
-        save_strategy="no",
-        logging_steps=config.steps_per_round,
-        logging_nan_inf_filter=False,
-        report_to=list(trackers) or "none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
-        ddp_find_unused_parameters=False,
+        seed=config.seed,
+    )
+    logs = dict(logging_steps=config.steps_per_round, report_to=list(trackers) or "none", output_dir=str(folder))
+    return _ALWAYS | _round_arguments(config, method, limit) | _step_arguments(config, processes) | machine | logs
+
+# %% ../nbs/02b_grpo.ipynb #86a50fe3
+def _row(i, logs, seconds):
+    "A row of the log, from what TRL logs."
+    value = lambda key: math.nan if logs.get(key) is None else float(logs[key])
+    return dict(
+        round=i,
+        reward=value("task_reward"),
+        success=value("success"),
+        silent=value("frac_reward_zero_std"),
+        ended=1 - value("completions/clipped_ratio"),
+        length=value("completions/mean_length"),
+        tokens_per_second=value("tokens_per_second") * world().num_processes,
+        loss=value("loss"),
+        kl=value("kl"),
+        entropy=value("entropy"),
+        clip_fraction=value("clip_ratio/region_mean"),
+        lr=value("learning_rate"),
+        grad_norm=value("grad_norm"),
+        seconds=seconds,
     )
 
-# %% ../nbs/02b_grpo.ipynb #4130a67e
-class _Rounds(TrainerCallback):
-    "The log, the curve, and the states from which a run goes on."
 
-    def __init__(self, out, config, verifier, measure, eval_every, settings, known, bar):
-        self.out, self.config, self.verifier, self.measure, self.eval_every, self.settings, self.bar = (
-            out,
-            config,
-            verifier,
-            measure,
-            eval_every,
-            settings,
-            bar,
-        )
-        self.log, self.curve, self.state = known.get("log", []), known.get("curve", []), world()
+def _diverged(what, out):
+    advice = "lower lr, or clip and reward_scale"
+    return FloatingPointError(f"{what}: the training diverged; {advice}; {out} keeps the last good state")
+
+# %% ../nbs/02b_grpo.ipynb #7b89fbc7
+class _Rounds(TrainerCallback):
+    "Keeps the book, round by round."
+
+    def __init__(self, book, config, verifier, measure, eval_every, bar):
+        self.book, self.config, self.verifier = book, config, verifier
+        self.measure, self.eval_every, self.bar = measure, eval_every, bar
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not state.global_step and not self.curve:
-            self.curve += self.measure(model, 0)
-            self.keep(None)
+        if not state.global_step and not self.book.curve:
+            self.book.add_curve(self.measure(model, 0))
+            self.book.keep_step(None)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.config.steps_per_round == 0:
@@ -316,204 +325,140 @@ class _Rounds(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" not in (logs or {}):
             return
-        i, value = (
-            state.global_step // self.config.steps_per_round,
-            lambda key: math.nan if logs.get(key) is None else float(logs[key]),
-        )
-        for name in ("loss", "grad_norm")[: 1 if args.fp16 else 2]:  # fp16 skips a step whose gradient overflows
-            if not math.isfinite(value(name)):
-                raise _diverged(f"the {name} is {value(name)} in round {i}", self.out)
-        self.log.append(
-            dict(
-                round=i,
-                reward=value("task_reward"),
-                success=value("success"),
-                silent=value("frac_reward_zero_std"),
-                ended=1 - value("completions/clipped_ratio"),
-                length=value("completions/mean_length"),
-                tokens_per_second=value("tokens_per_second") * self.state.num_processes,
-                loss=value("loss"),
-                kl=value("kl"),
-                entropy=value("entropy"),
-                clip_fraction=value("clip_ratio/region_mean"),
-                lr=value("learning_rate"),
-                grad_norm=value("grad_norm"),
-                seconds=time.perf_counter() - self.verifier.began,
-            )
-        )
-        if not self.log[-1]["ended"] and not self.log[-1]["success"]:
-            warnings.warn(
-                f"no answer of round {i} ended within {args.max_completion_length} tokens: teach the form of an answer first (SFT), or raise max_new_tokens",
-                stacklevel=2,
-            )
-        self.bar.set_postfix(
-            reward=f"{self.log[-1]['reward']:.2f}", success=f"{self.log[-1]['success']:.2f}", refresh=False
-        )
-        self.bar.update()
-        if self.state.is_main_process:
-            write_table(self.log, self.out / "log.parquet")
+        i = state.global_step // self.config.steps_per_round
+        self.book.add_log(self.checked(_row(i, logs, time.perf_counter() - self.verifier.began), args))
         if i % self.eval_every == 0 or i == self.config.iterations:
-            self.curve += self.measure(model, i)
+            self.book.add_curve(self.measure(model, i))
             control.should_save = i < self.config.iterations
 
     def on_save(self, args, state, control, **kwargs):
-        self.state.wait_for_everyone()
-        if not self.state.is_main_process:
-            return
-        newest = f"checkpoint-{state.global_step}"
-        self.keep(newest)
-        _only(self.out / "trainer", newest)
+        self.book.keep_step(state.global_step)
 
-    def keep(self, checkpoint):
-        if self.state.is_main_process:
-            write_json(
-                dict(settings=self.settings, checkpoint=checkpoint, log=self.log, curve=self.curve),
-                self.out / "resume.json",
-            )
+# %% ../nbs/02b_grpo.ipynb #bf43c8df
+@patch
+def checked(self: _Rounds, row, args):
+    "The row; a `FloatingPointError` when loss or gradient are no numbers, a warning when no answer ended."
+    i = row["round"]
+    for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise _diverged(f"the {name} is {row[name]} in round {i}", self.book.out)
+    if not row["ended"] and not row["success"]:
+        advice = "teach the form of an answer first (SFT), or raise max_new_tokens"
+        limit = args.max_completion_length
+        warnings.warn(f"no answer of round {i} ended within {limit} tokens: {advice}", stacklevel=2)
+    self.bar.set_postfix(reward=f"{row['reward']:.2f}", success=f"{row['success']:.2f}", refresh=False)
+    self.bar.update()
+    return row
 
-
-def _diverged(what, out):
-    return FloatingPointError(
-        f"{what}: the training diverged; lower lr, or clip and reward_scale; {out} keeps the last good state"
-    )
-
-
-def _only(folder, name):
-    "Removes all states but one."
-    for old in folder.glob("checkpoint-*"):
-        if old.name != name:
-            shutil.rmtree(old)
-
-# %% ../nbs/02b_grpo.ipynb #f8a528a0
+# %% ../nbs/02b_grpo.ipynb #f7ea0eed
 @contextmanager
 def _training(network, tokenizer):
-    "The model with end and padding tokens as its only generation settings, transformers silent; gives the end tokens. Afterwards all is as it was."
+    "The model with end and padding tokens as its only generation settings; gives the end tokens."
     configs, generation = (network.config, network.config.get_text_config()), network.generation_config
-    kept = [
-        (c, name, getattr(c, name)) for c in configs for name in ("pad_token_id", "use_cache") if hasattr(c, name)
-    ]  # the trainers write into these
-    level, bars, own = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-        generation.eos_token_id,
-    )
-    ends = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+    written = [(c, name) for c in configs for name in ("pad_token_id", "use_cache") if hasattr(c, name)]
+    kept = [(c, name, getattr(c, name)) for c, name in written]
+    ends = end_tokens(network, tokenizer)
     network.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*gradient_checkpointing.*", FutureWarning
-            )  # which gets another name in transformers 6
+        with quiet(transformers_logging.ERROR), no_future_warnings():
             yield ends
     finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
         network.generation_config = generation
         for c, name, value in kept:
             setattr(c, name, value)
 
-# %% ../nbs/02b_grpo.ipynb #26469e06
-@one_at_a_time
-def train_grpo(
-    model,  # checkpoint folder to start from, or 'tiny'
-    out,  # folder to write: checkpoint, log.parquet, curve.parquet, settings.json (and, until the run is complete, resume.json and trainer)
-    task,  # the task to learn (ID)
-    config=None,  # a `GRPOConfig`
-    eval_tasks=None,  # {name: task}, measured on validation hands
-    eval_every=10,  # rounds between evaluations, and between the states from which a killed run goes on
-    n_eval=400,  # validation problems per evaluation and rule
-    progress=True,
-    method="grpo",  # 'grpo' or 'rloo'
-    trackers=(),  # where else to log: 'tensorboard', 'wandb', 'trackio', …
-) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
-    "GRPO or RLOO on one rule; goes on where it was when `out` holds an unfinished run with the same settings."
+# %% ../nbs/02b_grpo.ipynb #7fe18fa0
+def _trainer(method, network, tokenizer, verifier, data, arguments, rounds, lora):
     import trl
 
-    config, out, state = config or GRPOConfig(), Path(out), world()
+    kind, settings = dict(grpo=("GRPOTrainer", "GRPOConfig"), rloo=("RLOOTrainer", "RLOOConfig"))[method]
+    return type(kind, (Float32Outputs, getattr(trl, kind)), {})(
+        model=network,
+        reward_funcs=verifier,
+        args=one_gpu(getattr(trl, settings)(**arguments)),
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[rounds],
+        peft_config=lora_config(lora) if lora else None,
+    )
+
+
+@contextmanager
+def _probabilities(book):
+    try:
+        yield
+    except RuntimeError as e:
+        if "probability tensor" not in str(e):
+            raise
+        raise _diverged(f"the probabilities are no numbers in round {len(book.log) + 1}", book.out) from e
+
+# %% ../nbs/02b_grpo.ipynb #e0aad702
+def _check(config, method, eval_every, n_eval):
     if method not in ("grpo", "rloo"):
         raise ValueError(f"method is {method!r}: expected grpo or rloo")
     kl = "loss" if method == "grpo" else "reward"
     if config.kl not in ("off", kl):
-        raise ValueError(f"GRPOConfig.kl is {config.kl!r}: expected 'off' or {kl!r} with method {method!r}")
-    check_numbers("train_grpo", dict(eval_every=eval_every, n_eval=n_eval), counts=("eval_every", "n_eval"))
-    settings = dataclasses.asdict(config) | dict(
-        method=method,
-        precision=resolve_precision(config.precision),
-        model=str(model),
-        task=task_name(task),
-        processes=state.num_processes,
-        eval_every=eval_every,
-        n_eval=n_eval,
-        eval_tasks={rule: task_name(t) for rule, t in (eval_tasks or {}).items()},
-    )
-    known = json.loads((out / "resume.json").read_text()) if (out / "resume.json").exists() else {}
+        config.refuse("kl", f"'off' or {kl!r} with method {method!r}")
+    check_counts("train_grpo", eval_every=eval_every, n_eval=n_eval)
 
-    def end():
-        return complete(out, settings, "resume.json", "trainer")
 
-    if finished(out, settings, known.get("settings")):
-        return end()
-    limit = config.max_new_tokens or getattr(task, "max_new_tokens", 512)
-    arguments = _arguments(config, method, out / "trainer", limit, state.num_processes, trackers)
-    problems = training_problems(task, config)
-    set_seed(config.seed)
-    network, tokenizer = load_model(model, dtype=config.dtype)
-    check_padding(network, tokenizer, [prompt_ids(tokenizer, task, p) for p in problems[:1000]])
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        _only(out / "trainer", known.get("checkpoint"))
-    state.wait_for_everyone()
-    if "tensorboard" in trackers:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tracking")
+def _measured(tokenizer, eval_tasks, n):
+    "A function of a model and the round that gives the rows of a point."
 
     def measure(net, step):
         rows = []
         for rule, t in (eval_tasks or {}).items():
-            table = evaluate((net, tokenizer), t, problems=t.problems("validation", n_eval, 1), attempts=1, share=True)
+            table = evaluate((net, tokenizer), t, problems=t.problems("validation", n, 1), attempts=1, share=True)
             rows.append(curve_row(table, step=step, rule=rule, set="validation"))
         return rows
 
-    with (
-        accumulating(arguments["gradient_accumulation_steps"]),
-        _training(network, tokenizer) as ends,
-        tqdm(
-            initial=len(known.get("log", [])),
-            total=config.iterations,
-            desc=method.upper(),
-            unit="round",
-            leave=False,
-            disable=not (progress and state.is_main_process),
-        ) as bar,
-    ):
+    return measure
+
+# %% ../nbs/02b_grpo.ipynb #1388037b
+def _train(book, model, tokenizer, task, config, method, eval_tasks, eval_every, n_eval, progress, trackers):
+    "A run, from the beginning or from the state that the book names."
+    limit, processes = config.max_new_tokens or getattr(task, "max_new_tokens", 512), world().num_processes
+    arguments = _arguments(config, method, book.trainer, limit, processes, trackers)
+    problems = training_problems(task, config)
+    set_seed(config.seed)
+    network, tokenizer = open_model(model, tokenizer, config.dtype, to_train=True)
+    check_padding(network, tokenizer, [prompt_ids(tokenizer, task, p) for p in problems[:1000]])
+    book.begin()
+    book.track(trackers)
+    shown = dict(desc=method.upper(), unit="round", leave=False, disable=not (progress and world().is_main_process))
+    bar = tqdm(initial=len(book.log), total=config.iterations, **shown)
+    steps = accumulating(arguments["gradient_accumulation_steps"])
+    with steps, _training(network, tokenizer) as ends, bar, _probabilities(book):
         verifier = Verifier(task, problems, tokenizer, ends, config.reward_scale)
-        rounds = _Rounds(out, config, verifier, measure, eval_every, settings, known, bar)
-        Trainer, Arguments = (
-            (trl.GRPOTrainer, trl.GRPOConfig) if method == "grpo" else (trl.RLOOTrainer, trl.RLOOConfig)
-        )
-        trainer = type(Trainer.__name__, (Float32Outputs, Trainer), {})(
-            model=network,
-            reward_funcs=verifier,
-            args=one_gpu(Arguments(**arguments)),
-            train_dataset=prompt_dataset(task, problems),
-            processing_class=tokenizer,
-            callbacks=[rounds],
-            peft_config=lora_config(config.lora) if config.lora else None,
-        )
-        for noisy in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(noisy)
-        try:
-            trainer.train(
-                resume_from_checkpoint=str(out / "trainer" / known["checkpoint"]) if known.get("checkpoint") else None
-            )
-        except RuntimeError as e:
-            if "probability tensor" not in str(e):
-                raise
-            raise _diverged(f"the probabilities are no numbers in round {len(rounds.log) + 1}", out) from e
-    save_model(trainer.model, tokenizer, out / "checkpoint")
+        rounds = _Rounds(book, config, verifier, _measured(tokenizer, eval_tasks, n_eval), eval_every, bar)
+        data = prompt_dataset(task, problems)
+        trainer = _trainer(method, network, tokenizer, verifier, data, arguments, rounds, config.lora)
+        book.train(trainer)
+    save_model(trainer.model, tokenizer, book.out / "checkpoint")
     release(trainer.model_wrapped)
-    if state.is_main_process:
-        write_table(rounds.curve, out / "curve.parquet")
-    return end()
+
+# %% ../nbs/02b_grpo.ipynb #268697b2
+def train_grpo(
+    model: Any,  # to start from: a folder or name, (model, tokenizer), or a transformers model with `tokenizer`
+    out: str | os.PathLike,  # folder to write: checkpoint, log.parquet, curve.parquet, settings.json
+    task: Any,  # the task to learn (ID)
+    config: GRPOConfig | None = None,  # None: the defaults
+    eval_tasks: dict | None = None,  # {name: task}, measured on validation hands
+    eval_every: int = 10,  # rounds between evaluations, and between the states from which a killed run goes on
+    n_eval: int = 400,  # validation problems per evaluation and rule
+    progress: bool = True,  # whether to show a bar
+    method: str = "grpo",  # 'grpo' or 'rloo'
+    trackers: tuple = (),  # where else to log: 'tensorboard', 'wandb', 'trackio', …
+    tokenizer: Any = None,  # of a model that comes alone
+) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
+    "GRPO or RLOO on one rule; goes on where it was when `out` holds an unfinished run with the same settings."
+    config = config or GRPOConfig()
+    _check(config, method, eval_every, n_eval)
+    run = asdict(config) | dict(method=method, precision=resolve_precision(config.precision))
+    run |= dict(model=model_name(model), task=task_name(task), eval_tasks=task_names(eval_tasks))
+    run |= dict(processes=world().num_processes, eval_every=eval_every, n_eval=n_eval)
+    with TrainerBook.open(out, run) as book:
+        if not book.finished:
+            how = method, eval_tasks, eval_every, n_eval, progress, trackers
+            _train(book, model, tokenizer, task, config, *how)
+        return book.finish()

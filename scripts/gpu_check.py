@@ -253,7 +253,9 @@ def right_run(folder, rehearse):
     from gp_spectral.env import GeneralPoints
     from gp_spectral.ppo import ActorCritic, PPOConfig, collate, score, train_ppo
     from gp_spectral.recovery import recover
-    from gp_spectral.sft import evaluate, load_model, play, train_sft
+    from gp_spectral.models import load_model
+    from gp_spectral.play import evaluate, play
+    from gp_spectral.sft import train_sft
     from gp_spectral.svd import spectrum
     from gp_spectral.sweep import sweep
 
@@ -601,14 +603,14 @@ TOY = dict(
 
 def smollm2(out, a):
     "The preset smollm2-gpu, its seeds shared out among processes that have cores of their own."
-    from gp_spectral.study import load_preset
+    from gp_spectral.preset import load_preset
 
     overrides = {k: str(v) for k, v in TOY.items()} if a.rehearse else dict(x.split("=", 1) for x in a.set)
     preset = load_preset("smollm2-gpu", overrides)
     cores = sorted(os.sched_getaffinity(0))
     each = [cores[i :: preset.seeds] or cores for i in range(preset.seeds)]
     if not a.rehearse:
-        from gp_spectral.sft import resolve
+        from gp_spectral.models import resolve
 
         print(f"base: {resolve(preset.model)}", flush=True)  # made once, before three ask for it
 
@@ -728,9 +730,9 @@ def random_model(size, source):
     is timed is not the disk."""
     import torch
     import transformers
-    from gp_spectral import ppo, sft
+    from gp_spectral import models, ppo, sft
 
-    kept = sft.load_model, ppo.load_model, sft.save_model, ppo.save_model, ppo._keep
+    kept = models.load_model, sft.save_model, ppo.save_model, ppo.Learner.keep
 
     def load(checkpoint, dtype="auto", device=None):
         if size is None:
@@ -749,13 +751,13 @@ def random_model(size, source):
             )
         return model.eval(), tokenizer
 
-    sft.load_model = ppo.load_model = load
+    models.load_model = load
     sft.save_model = ppo.save_model = lambda *args, **kwargs: None
-    ppo._keep = lambda *args, **kwargs: None
+    ppo.Learner.keep = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        sft.load_model, ppo.load_model, sft.save_model, ppo.save_model, ppo._keep = kept
+        models.load_model, sft.save_model, ppo.save_model, ppo.Learner.keep = kept
 
 
 def speed_of(out, size, source, a, record, steps=8, batch=32, micro=None, **options):
@@ -839,7 +841,7 @@ def peak():
 def count(size, source):
     import torch
     import transformers
-    from gp_spectral.sft import load_model
+    from gp_spectral.models import load_model
 
     if size is None:
         return sum(p.numel() for p in load_model(source, device="cpu")[0].parameters())
@@ -857,7 +859,8 @@ def decoding(source, a):
     graph could give."""
     import torch
     from gp_spectral.env import GeneralPoints
-    from gp_spectral.sft import generate, load_model, prompt_ids
+    from gp_spectral.models import load_model
+    from gp_spectral.play import generate, prompt_ids
 
     model, tokenizer = load_model(source, dtype="float32")
     game, new, found = GeneralPoints(), 4 if a.rehearse else 48, []

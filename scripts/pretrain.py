@@ -264,7 +264,8 @@ number of steps depends on the machine: equal commands give similar models, not 
 
 def write_card(out):
     "Evaluates the model in `out` on test hands and writes its README.md."
-    from gp_spectral.sft import evaluate, load_model, success_rate
+    from gp_spectral.models import load_model
+    from gp_spectral.play import evaluate, success_rate
 
     model, tokenizer = load_model(out)
     record = json.loads((out / "training.json").read_text())

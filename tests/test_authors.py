@@ -14,8 +14,10 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from gp_spectral.env import GeneralPoints
-from gp_spectral.sft import generate, load_model, prompt_ids, retry_ids, save_model
-from gp_spectral.study import load_preset, main, ppo_config, tasks
+from gp_spectral.models import load_model, save_model
+from gp_spectral.play import generate, prompt_ids, retry_ids
+from gp_spectral.cli import main
+from gp_spectral.preset import load_preset
 
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content "
@@ -221,7 +223,7 @@ def test_the_recipe_from_end_to_end(checkpoint, tmp_path, capsys):
 def test_presets_carry_the_papers_numbers():
     for name, steps, rounds in (("qwen2.5-7b", 800, 300), ("llama-3.2-11b", 1100, 100)):
         p = load_preset(name)
-        c = ppo_config(p, 0)
+        c = p.ppo
         assert (
             c.level,
             c.gamma,
@@ -245,4 +247,4 @@ def test_presets_carry_the_papers_numbers():
             "paper",
             "mlp",
         )
-        assert tasks(p)["ID"].max_new_tokens == 512 and tasks(p)["ID"].target == 24
+        assert p.tasks()["ID"].max_new_tokens == 512 and p.tasks()["ID"].target == 24

@@ -1,4 +1,4 @@
-"Two processes and one, launched with the files in configs/: DDP, FSDP2 and DeepSpeed over gloo, with generation before and between the updates, which is where FSDP2 goes wrong silently."
+"Two processes and one, as configs/ launches them: DDP, FSDP2, DeepSpeed over gloo, generating between the updates."
 
 import json
 import os
@@ -15,105 +15,224 @@ from gp_spectral.folders import TINY
 SCRIPT = """
 import json, os, sys, warnings
 import torch
+
 warnings.filterwarnings("ignore")
-from gp_spectral import sft
+from gp_spectral import models
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo
+from gp_spectral.sft import train_sft
+
 ID, OOD = GeneralPoints(), GeneralPoints("faces_as_rank")
 what, out = sys.argv[1:3]
-if os.environ.get("ACCELERATE_USE_FSDP"):                       # accelerate keeps FSDP for accelerators: for it, these processors are some
+# accelerate keeps FSDP for accelerators: for it, these processors are some
+if os.environ.get("ACCELERATE_USE_FSDP"):
     from accelerate.state import AcceleratorState, DistributedType, PartialState
+
     start = AcceleratorState.__init__
+
     def passing_for_gpus(self, *args, cpu=False, **kwargs):
-        if PartialState(cpu).distributed_type == DistributedType.MULTI_CPU: PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if PartialState(cpu).distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         start(self, *args, cpu=cpu, **kwargs)
+
     AcceleratorState.__init__ = passing_for_gpus
-if "trap" in what:                                              # passes without gradients leave the weights gathered
+if "trap" in what:  # passes without gradients leave the weights gathered
     import contextlib
-    from gp_spectral import ppo
+    from gp_spectral import play, ppo
+
     @contextlib.contextmanager
     def careless(model):
-        with torch.no_grad(): yield
-    sft.inference = ppo.inference = careless
-def sharded():                                                  # a function: its tensors are gone before the process group is
+        with torch.no_grad():
+            yield
+
+    play.inference = ppo.inference = careless
+
+
+def sharded():  # a function: its tensors are gone before the process group is
     from accelerate import Accelerator
     from torch.distributed.tensor import DTensor
     from gp_spectral.ppo import _open, _prepare, rollout, score
+
     accelerator = Accelerator(cpu=True)
     net, tokenizer = _open("tiny", PPOConfig(), "cpu")
     _prepare(net, PPOConfig(), accelerator)
     whole = lambda: [n for n, p in net.named_parameters() if not isinstance(p, DTensor)]
-    assert not whole() and sft.is_sharded(net)
+    assert not whole() and models.is_sharded(net)
     batch = rollout(net, tokenizer, ID, ID.problems("train", 6), share=True)
     assert not whole(), f"gathered after generating: {whole()}"
     score(net, batch)
     assert not whole(), f"gathered after scoring: {whole()}"
-    config = PPOConfig(dtype="bfloat16")                        # of which FSDP2 takes no float32 value head into one group
+    config = PPOConfig(dtype="bfloat16")  # of which FSDP2 takes no float32 value head into one group
     net, tokenizer = _open("tiny", config, "cpu")
     optimizer = _prepare(net, config, accelerator)[1]
     logp, values, _ = net(batch.ids, batch.attention, 1.0, batch.mask)
-    (logp.sum() + values.sum()).backward(); optimizer.step()
-    assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16} and {p.dtype for p in net.value_head.parameters()} == {torch.float32}
+    (logp.sum() + values.sum()).backward()
+    optimizer.step()
+    assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16} and {
+        p.dtype for p in net.value_head.parameters()
+    } == {torch.float32}
     assert all(p.abs().sum().full_tensor() > 0 for p in net.value_head.parameters())
+
+
 def rounded():
     from accelerate import Accelerator
     from gp_spectral.ppo import _open, _prepare, rollout, score
+
     accelerator, config = Accelerator(cpu=True), PPOConfig()
     assert accelerator.mixed_precision == "bf16"
     net, tokenizer = _open("tiny", config, "cpu")
     optimizer = _prepare(net, config, accelerator)[1]
-    with accelerator.autocast(): batch = rollout(net, tokenizer, ID, ID.problems("train", 6), share=True)
+    with accelerator.autocast():
+        batch = rollout(net, tokenizer, ID, ID.problems("train", 6), share=True)
     logp = score(net, batch)[0][batch.mask]
     assert logp.dtype == torch.float32 and (logp != logp.bfloat16()).any(), "rounded to 16 bits"
     logp, values, _ = net(batch.ids, batch.attention, 1.0, batch.mask)
-    accelerator.backward(logp.sum() + values.sum()); optimizer.step()
+    accelerator.backward(logp.sum() + values.sum())
+    optimizer.step()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in net.parameters() if p.grad is not None)
-if "dies" in what:                                              # the first process is killed in its sixth step of SFT, or before its second round of updates
+
+
+# the first process is killed in its sixth step of SFT, or before its second round of updates
+if "dies" in what:
     import signal
     from transformers.trainer_callback import CallbackHandler
     from gp_spectral import ppo
+
     def deadly(action, moment, seen=[]):
         def acts(*args, **kwargs):
             seen.append(action)
-            if seen.count(action) == moment and sft.world().is_main_process: os.kill(os.getpid(), signal.SIGKILL)
+            if seen.count(action) == moment and models.world().is_main_process:
+                os.kill(os.getpid(), signal.SIGKILL)
             return action(*args, **kwargs)
+
         return acts
-    CallbackHandler.on_step_begin, ppo._update = deadly(CallbackHandler.on_step_begin, 6), deadly(ppo._update, 2)
-if "sharded" in what: sharded()
-elif "rounded" in what: rounded()
-elif what == "both":                                            # as in a study: what the trainer of SFT leaves behind is not what PPO wants
-    sft.train_sft("tiny", out + "/sft", ID, {"ID": ID, "OOD": OOD}, steps=2, points=1, n_eval=4, examples=32, batch_size=8, microbatch=2, lr=1e-6, progress=False)
-    train_ppo("tiny", out + "/ppo", ID, PPOConfig(iterations=1, samples=8, minibatch=8, microbatch=2, dtype=sys.argv[4]), {"OOD": OOD}, 1, 4, progress=False)
+
+    CallbackHandler.on_step_begin, ppo.Learner.update = (
+        deadly(CallbackHandler.on_step_begin, 6),
+        deadly(ppo.Learner.update, 2),
+    )
+if "sharded" in what:
+    sharded()
+elif "rounded" in what:
+    rounded()
+elif what == "both":  # as in a study: what the trainer of SFT leaves behind is not what PPO wants
+    train_sft(
+        "tiny",
+        out + "/sft",
+        ID,
+        {"ID": ID, "OOD": OOD},
+        steps=2,
+        points=1,
+        n_eval=4,
+        examples=32,
+        batch_size=8,
+        microbatch=2,
+        lr=1e-6,
+        progress=False,
+    )
+    train_ppo(
+        "tiny",
+        out + "/ppo",
+        ID,
+        PPOConfig(iterations=1, samples=8, minibatch=8, microbatch=2, dtype=sys.argv[4]),
+        {"OOD": OOD},
+        1,
+        4,
+        progress=False,
+    )
 elif what == "study":
     from pathlib import Path
     import pandas as pd
-    from gp_spectral.study import checkpoints, first, load_preset, main, share, stage
+    from gp_spectral.cli import main
+    from gp_spectral.preset import load_preset
+    from gp_spectral.stages import Study, in_one_process, share_work, stage
+
     root, ran = Path(out), []
-    def one(folder): ran.append(stage(folder / "sft", dict(seed=folder.name), ["tiny"], lambda part: None))
-    share([root / "0", root / "1"], one)
+
+    def one(folder):
+        ran.append(stage(folder / "sft", dict(seed=folder.name), ["tiny"], lambda part: None))
+
+    share_work([root / "0", root / "1"], one)
     assert ran == [root / "0/sft", root / "1/sft"]
-    first(lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(root / "0/sft/curve.parquet"))
-    first(lambda: checkpoints(load_preset("tiny", dict(teach_steps="1")), root / "0"))      # as for the report: by the first process alone
-    assert main(["sft", "tiny", "/proc/nowhere/out"]) == 2                                  # both are told
+    in_one_process(
+        lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(
+            root / "0/sft/curve.parquet"
+        )
+    )
+    # as for the report: by the first process alone
+    in_one_process(lambda: Study(load_preset("tiny", dict(teach_steps="1")), root).checkpoints(0))
+    assert main(["sft", "tiny", "/proc/nowhere/out"]) == 2  # both are told
 elif "sft" in what:
     import time
     from transformers import trainer
+
     last = trainer.sort_checkpoints
-    def late(output_dir, **kwargs):                             # the second process ends its training later than the first, and still looks there
-        time.sleep(2 * sft.world().process_index)
+
+    # the second process ends its training later than the first, and still looks there
+    def late(output_dir, **kwargs):
+        time.sleep(2 * models.world().process_index)
         assert os.path.isdir(output_dir), "removed while a process was at work in it"
         return last(output_dir=output_dir, **kwargs)
+
     trainer.sort_checkpoints = late
-    sft.train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=8, points=2, save_every=2, n_eval=10, examples=40, batch_size=8, lr=3e-5, warmup=2, lora=2 * ("lora" in what), progress=False)
+    train_sft(
+        "tiny",
+        out,
+        ID,
+        {"ID": ID, "OOD": OOD},
+        steps=8,
+        points=2,
+        save_every=2,
+        n_eval=10,
+        examples=40,
+        batch_size=8,
+        lr=3e-5,
+        warmup=2,
+        lora=2 * ("lora" in what),
+        progress=False,
+    )
 elif what in ("grpo", "rloo"):
     from gp_spectral.grpo import GRPOConfig, train_grpo
-    train_grpo("tiny", out, ID, GRPOConfig(iterations=2, samples=16, minibatch=16, microbatch=4, lr=3e-5), {"OOD": OOD}, 1, 10, progress=False, method=what)
+
+    train_grpo(
+        "tiny",
+        out,
+        ID,
+        GRPOConfig(iterations=2, samples=16, minibatch=16, microbatch=4, lr=3e-5),
+        {"OOD": OOD},
+        1,
+        10,
+        progress=False,
+        method=what,
+    )
     from accelerate.state import AcceleratorState
+
     policy = getattr(getattr(AcceleratorState(), "fsdp_plugin", None), "mixed_precision_policy", None)
     assert policy is None or policy.output_dtype is None and policy.reduce_dtype == torch.float32
 else:
-    train_ppo("tiny", out, ID, PPOConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, epochs=2, lr=3e-5, value_lr=3e-5, kl="loss", lora=2 * ("lora" in what), **json.loads(sys.argv[3])), {"OOD": OOD}, 1, 10, progress=False)
-sft.end_world()
+    train_ppo(
+        "tiny",
+        out,
+        ID,
+        PPOConfig(
+            iterations=2,
+            samples=11,
+            minibatch=7,
+            microbatch=2,
+            attempts=2,
+            epochs=2,
+            lr=3e-5,
+            value_lr=3e-5,
+            kl="loss",
+            lora=2 * ("lora" in what),
+            **json.loads(sys.argv[3]),
+        ),
+        {"OOD": OOD},
+        1,
+        10,
+        progress=False,
+    )
+models.end_world()
 """
 
 slow = pytest.mark.slow
@@ -158,7 +277,7 @@ def alone(tmp_path_factory):
     [("ppo", "ddp", 2), pytest.param("ppo", "ddp", 3, marks=slow), ("ppo", "fsdp2", 2), ("ppo lora", "fsdp2", 2)],
 )
 def test_ppo_equals_one_process(tmp_path, alone, what, how, processes):
-    "Eleven episodes of unequal length in minibatches of seven, for two or three processes: nothing divides, nothing hangs, and nothing differs."
+    "Eleven episodes in minibatches of seven, for two or three processes: nothing divides, hangs or differs."
     one, many = alone(what), run(tmp_path, "many", what, how, processes)
     assert furthest(one / "checkpoint", many / "checkpoint") < 1e-6 < 1e-5 < furthest(one / "checkpoint", TINY)
     a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(many / "log.parquet")
@@ -172,7 +291,7 @@ def test_ppo_equals_one_process(tmp_path, alone, what, how, processes):
 
 
 def test_deepspeed_equals_one_process(tmp_path):
-    "Minibatches in pieces, clipped gradients, a rate that changes with each step: DeepSpeed steps inside `backward`, and does all that by itself."
+    "Pieces, clipped gradients, a rate that changes: DeepSpeed steps inside `backward`, and does all that by itself."
     pytest.importorskip("deepspeed")
     same = dict(max_grad_norm=0.1, lr_end=0.0)
     one, two = run(tmp_path, "one", "ppo", **same), run(tmp_path, "two", "ppo", "zero2", **same)
@@ -194,7 +313,7 @@ def test_a_study_in_two_processes(tmp_path):
 
 
 def test_the_trap_of_fsdp2(tmp_path):
-    "After a pass without gradients FSDP2 leaves the outermost weights gathered, a copy that an optimizer step does not reach; `inference` shards them again."
+    "After a pass without gradients FSDP2 leaves a copy of weights that no step reaches; `inference` shards again."
     run(tmp_path, "x", "sharded", "fsdp2")
     with pytest.raises(AssertionError, match="gathered after generating"):
         run(tmp_path, "x", "sharded trap", "fsdp2")

@@ -10,11 +10,12 @@ import torch
 from made import Parity
 from safetensors.torch import load_file
 
-from gp_spectral import grpo
+from gp_spectral import models
 from gp_spectral.env import Feedback, GeneralPoints
 from gp_spectral.grpo import GRPOConfig, Verifier, group_advantages, train_grpo
 from gp_spectral.folders import TINY
-from gp_spectral.sft import load_model, prompt_ids
+from gp_spectral.models import load_model
+from gp_spectral.play import prompt_ids
 
 ID = GeneralPoints()
 SMALL = GRPOConfig(iterations=2, samples=16, generations=4, minibatch=8, temperature=2.0)
@@ -102,8 +103,8 @@ class Game:
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 @pytest.mark.filterwarnings("ignore:no answer of round")
 def test_what_the_model_is_asked(tmp_path, monkeypatch, method):
-    "Token for token, as the model itself gets it: the prompts that `prompt_ids` makes, each problem to a whole group, the rounds in order."
-    seen, load = [], grpo.load_model
+    "Token for token: the prompts that `prompt_ids` makes, each problem to a whole group, the rounds in order."
+    seen, load = [], models.load_model
 
     def spied(*a, **k):
         model, tokenizer = load(*a, **k)
@@ -117,7 +118,7 @@ def test_what_the_model_is_asked(tmp_path, monkeypatch, method):
         )  # a checkpoint's own settings have no say
         return model, tokenizer
 
-    monkeypatch.setattr(grpo, "load_model", spied)
+    monkeypatch.setattr(models, "load_model", spied)
     game, config = (
         Game(),
         GRPOConfig(iterations=2, samples=16, generations=4, minibatch=8, microbatch=4, epochs=2, temperature=0.7),
@@ -280,7 +281,7 @@ def test_nan_weights_are_no_state(tmp_path, monkeypatch):
 
 def test_absolute_positions_are_refused(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
-    from gp_spectral.sft import save_model
+    from gp_spectral.models import save_model
 
     tokenizer = load_model("tiny")[1]
     torch.manual_seed(0)
@@ -309,30 +310,71 @@ def test_answers_that_never_end(tmp_path):
 
 
 DRIVER = """
-"Runs a training undisturbed, then again in children that are killed at random moments, until one ends; forked, so that they need no time for imports."
+"Runs a training undisturbed, then in children that are killed at random moments, until one ends; forked, to be quick."
+
 import os, random, shutil, signal, sys, time, warnings
+
 warnings.filterwarnings("ignore")
 sys.path.insert(0, sys.argv[1])
 import torch
+
 torch.set_num_threads(1)
 import trl.trainer.grpo_trainer, trl.trainer.rloo_trainer
 from made import Parity
 from gp_spectral.grpo import GRPOConfig, train_grpo
+
 method, folder, kills, lora = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-def train(out): train_grpo("tiny", out, Parity(), GRPOConfig(iterations=12, samples=32, generations=4, minibatch=16, microbatch=8, temperature=2.0, lr_end=0.0, lora=lora), {"toy": Parity()}, 2, 10, False, method)
+
+
+def train(out):
+    train_grpo(
+        "tiny",
+        out,
+        Parity(),
+        GRPOConfig(
+            iterations=12,
+            samples=32,
+            generations=4,
+            minibatch=16,
+            microbatch=8,
+            temperature=2.0,
+            lr_end=0.0,
+            lora=lora,
+        ),
+        {"toy": Parity()},
+        2,
+        10,
+        False,
+        method,
+    )
+
+
 def child(out):
     pid = os.fork()
-    if pid == 0: train(out); os._exit(0)
+    if pid == 0:
+        train(out)
+        os._exit(0)
     return pid
-begun = time.time(); assert os.waitpid(child(folder + "/whole"), 0)[1] == 0; whole = time.time() - begun
+
+
+begun = time.time()
+assert os.waitpid(child(folder + "/whole"), 0)[1] == 0
+whole = time.time() - begun
 rng, went_on, done, kept = random.Random(), 0, 0, folder + "/killed/resume.json"
 while done < kills:
     pid, begun, ended = child(folder + "/killed"), time.time(), False
     seconds = rng.uniform(0, max(0.02, 0.5 * (1 - done / kills))) * whole
-    while not ended and (time.time() - begun < seconds or done == 0 and not os.path.exists(kept)): time.sleep(0.005); ended = os.waitpid(pid, os.WNOHANG)[0]
-    if ended: shutil.rmtree(folder + "/killed"); continue       # it was quicker than the killer: from the beginning, the kills so far count
+    while not ended and (time.time() - begun < seconds or done == 0 and not os.path.exists(kept)):
+        time.sleep(0.005)
+        ended = os.waitpid(pid, os.WNOHANG)[0]
+    # it was quicker than the killer: from the beginning, the kills so far count
+    if ended:
+        shutil.rmtree(folder + "/killed")
+        continue
     went_on += os.path.exists(kept)
-    os.kill(pid, signal.SIGKILL); assert os.waitpid(pid, 0)[1] == signal.SIGKILL; done += 1
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    done += 1
 assert os.waitpid(child(folder + "/killed"), 0)[1] == 0
 print("kills:", done, "of these with something kept:", went_on)
 """

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gp_spectral import ppo, sft
+from gp_spectral import play as playing, ppo
 from gp_spectral.env import Feedback, GeneralPoints
 from gp_spectral.ppo import (
     ActorCritic,
@@ -26,7 +26,8 @@ from gp_spectral.ppo import (
     score,
     train_ppo,
 )
-from gp_spectral.sft import Episode, Turn, load_model, play
+from gp_spectral.models import load_model
+from gp_spectral.play import Episode, Turn, play
 from made import Parity
 
 ID = GeneralPoints()
@@ -69,9 +70,9 @@ class Words:
 
 
 def check_sampler_against_scorer(kind="llama", temperature=0.6, n=6000):
-    "How often our sampler takes each pair of tokens, against the probabilities of the scorer: chi-square over 6,000 draws."
+    "How often our sampler takes each pair of tokens, against the scorer's probabilities: chi-square over 6,000 draws."
     model, prompt = small(kind), [5, 9, 11]
-    drawn = sft.generate(model, Words, [prompt] * n, 2, temperature, [(7, i) for i in range(n)])
+    drawn = playing.generate(model, Words, [prompt] * n, 2, temperature, [(7, i) for i in range(n)])
     counts = pd.Series([tuple(ids) for ids, _ in drawn if len(ids) == 2]).value_counts()
     episodes = [
         Episode(None, prompt + list(pair), [Turn(3, 5, "", Feedback(0, "", False), False)]) for pair in counts.index
@@ -184,7 +185,8 @@ def check_whitening():
     assert abs(w[mask].mean()) < 1e-6 and abs(w[mask].std() - 1) < 1e-6 and w[0, 3] == 0
 
 
-# one episode: a turn of two tokens, a token of feedback, a turn of one token; what the loss is given, and what every term of it must be, reckoned on paper
+# one episode: a turn of two tokens, a token of feedback, a turn of one token;
+# what the loss is given, and what every term of it must be, reckoned on paper
 TURNS = [-1, 0, 0, -1, 1]
 NOW, OLD, REF, ENTROPY = (
     [9, -1.0, -2.0, 9, -0.5],
@@ -283,7 +285,7 @@ def check_rates(tmp_path):
 
 
 def check_first_step(tmp_path):
-    "Before the first update the policy is the one that played: ratio 1, KL 0, nothing clipped, whatever the temperature."
+    "Before the first update the policy is the one that played: ratio 1, KL 0, nothing clipped, at any temperature."
     train_ppo(
         "tiny",
         tmp_path,
@@ -363,7 +365,9 @@ def test_check(name, tmp_path):
 def plant(monkeypatch, owner, name, old, new):
     "Puts a copy of a function with a bug in it into its place."
     old, new = (text.replace('"', "'") for text in (old, new))
-    source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(getattr(owner, name)))))  # however it is laid out
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(owner, name))))
+    tree.body[0].decorator_list = []  # `patch` would put it there for good
+    source = ast.unparse(tree)  # however it is laid out
     assert source.count(old) >= 1, f"{old!r} is not in {name}: the bug has to be planted elsewhere"
     made, module = {}, inspect.getmodule(getattr(owner, name))
     exec(
@@ -392,14 +396,14 @@ BUGS = {
     ),
     "the scorer forgets the temperature": (ActorCritic, "forward", ".float() / temperature", ".float()", "sampler"),
     "the sampler forgets the temperature": (
-        sft._Draw,
+        playing._Draw,
         "__call__",
         "(scores.float() / self.temperature)",
         "scores.float()",
         "sampler",
     ),
     "the sampler leaves out the unlikely": (
-        sft._Draw,
+        playing._Draw,
         "__call__",
         "scores.float()",
         "scores.float().where(scores >= scores.topk(5)[0][:, -1:], -torch.inf)",
@@ -412,37 +416,37 @@ BUGS = {
         "attention.cumsum(-1)",
         "scorer gpt2",
     ),
-    "values of padding in the loss": (ppo, "ppo_loss", "torch.where(acts, error, 0.0).sum()", "error.sum()", "padding"),
+    "values of padding in the loss": (ppo, "_sums", "torch.where(acts, error, 0.0).sum()", "error.sum()", "padding"),
     "surrogate of padding in the loss": (
         ppo,
-        "ppo_loss",
+        "_sums",
         "torch.where(acts, surrogate, 0.0).sum()",
         "surrogate.sum()",
         "padding",
     ),
     "entropy of padding in the loss": (
         ppo,
-        "ppo_loss",
-        "(entropy * mask).sum() / tokens",
-        "entropy.sum() / tokens",
+        "_sums",
+        "(none if entropy is None else entropy) * mask",
+        "none if entropy is None else entropy",
         "loss",
     ),
     "a mean over all positions": (ppo, "ppo_loss", "n_actions or acts.sum()", "acts.numel()", "padding"),
     "feedback is discounted like an action": (
         ppo,
-        "compute_gae",
+        "_gae",
         "torch.where(act, new, carry)",
         "torch.where(act, new, gamma * lam * carry)",
         "gae",
     ),
     "a value after the end": (
         ppo,
-        "compute_gae",
-        "torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])",
-        "torch.zeros_like(values[:, 0]), torch.ones_like(values[:, 0])",
+        "_gae",
+        "torch.zeros_like(values), none, none",
+        "torch.zeros_like(values), none, none + 1",
         "gae",
     ),
-    "lambda forgotten": (ppo, "compute_gae", "gamma * lam * carry", "gamma * carry", "gae"),
+    "lambda forgotten": (ppo, "_gae", "gamma * lam * carry", "gamma * carry", "gae"),
     "whitened over padding": (ppo, "whiten", "x[mask if over is None else over]", "x.flatten()", "whitening"),
     "scored at another temperature": (ppo, "_score_together", "config.temperature", "1.0", "first step"),
     "a mean of means over pieces": (
@@ -456,21 +460,27 @@ BUGS = {
     "the KL of feedback in the reward": (ppo, "penalised", " * mask", "", "reward"),
     "the KL in the loss has the wrong sign": (
         ppo,
-        "ppo_loss",
+        "_weighted",
         "loss + config.kl_coef",
         "loss - config.kl_coef",
         "loss",
     ),
     "the entropy has the wrong sign": (
         ppo,
-        "ppo_loss",
+        "_weighted",
         "loss - config.entropy_coef",
         "loss + config.entropy_coef",
         "loss",
     ),
-    "the importance is left out": (ppo, "ppo_loss", "surrogate = surrogate * weights", "pass", "loss"),
-    "the value's clip takes the smaller error": (ppo, "ppo_loss", "torch.maximum(error", "torch.minimum(error", "loss"),
-    "the surrogate takes the larger term": (ppo, "ppo_loss", "torch.minimum(ratio", "torch.maximum(ratio", "loss"),
+    "the importance is left out": (ppo, "_surrogate", "surrogate * weights", "surrogate", "loss"),
+    "the value's clip takes the smaller error": (
+        ppo,
+        "_value_error",
+        "torch.maximum(error",
+        "torch.minimum(error",
+        "loss",
+    ),
+    "the surrogate takes the larger term": (ppo, "_surrogate", "torch.minimum(ratio", "torch.maximum(ratio", "loss"),
     "a turn's ratio is a mean over its tokens": (
         ppo,
         "_turn_sum",
@@ -479,15 +489,9 @@ BUGS = {
         "loss",
     ),
     "the learning rate stays where it is": (ppo, "_set_rates", 'group["lr"] = ', "pass #", "rates"),
-    "the learning rate goes by rounds": (ppo, "_update", "steps + len(norms)", "e.round", "rates"),
-    "no stop at the approximate KL": (ppo, "_update", "config.target_kl and", "False and", "rates"),
-    "the wrong sign": (
-        ppo,
-        "ppo_loss",
-        "-torch.where(acts, surrogate, 0.0)",
-        "torch.where(acts, surrogate, 0.0)",
-        "loss",
-    ),
+    "the learning rate goes by rounds": (ppo.Learner, "update", "steps + len(norms)", "e.round", "rates"),
+    "no stop at the approximate KL": (ppo.Learner, "update", "config.target_kl and", "False and", "rates"),
+    "the wrong sign": (ppo, "_sums", "-torch.where(acts, surrogate, 0.0)", "torch.where(acts, surrogate, 0.0)", "loss"),
 }
 
 
@@ -555,7 +559,7 @@ def test_published_sixth_attempt():
 
 
 def test_published_rounding():
-    "Sums of log-probabilities that differ by less than bfloat16 can tell give a ratio of exactly 1; the first token of a turn does not count."
+    "Sums that differ by less than bfloat16 can tell give a ratio of exactly 1; a turn's first token does not count."
     turns = torch.tensor([[-1, 0, 0, 0]])
     logp, old = torch.tensor([[0.0, -9.0, -2.0, -3.0]]), torch.tensor([[0.0, -1.0, -2.001, -3.001]])
     args = dict(advantages=torch.ones(1, 4), values=torch.zeros(1, 4), returns=torch.zeros(1, 4), turns=turns)
@@ -611,14 +615,14 @@ def test_options_run(options, tmp_path):
 
 @pytest.mark.parametrize("lora", [0, 2])
 def test_the_reference_is_the_policy_that_training_started_from(tmp_path, monkeypatch, lora):
-    "Its log-probabilities after an optimizer step, against those of the base, loaded once more; by then the policy's own are others."
-    seen, original = [], ppo._experience
+    "Its log-probabilities after an optimizer step, against those of the base, loaded once more."
+    seen, original = [], ppo.Learner.advantages
 
-    def look(net, bare, *more):
-        seen.append(original(net, bare, *more))
+    def look(learner, *more):
+        seen.append(original(learner, *more))
         return seen[-1]
 
-    monkeypatch.setattr(ppo, "_experience", look)
+    monkeypatch.setattr(ppo.Learner, "advantages", look)
     train_ppo(
         "tiny",
         tmp_path,
@@ -648,8 +652,8 @@ def fresh_accelerator():
 
 
 def test_the_stated_precision_lets_weights_move(tmp_path, fresh_accelerator):
-    "At the published rate of 1e-6 most weights take part in float32, and next to none in bfloat16, whose spacing swallows such steps."
-    from gp_spectral.study import load_preset
+    "At a rate of 1e-6 most weights take part in float32, and next to none in bfloat16, which swallows such steps."
+    from gp_spectral.preset import load_preset
 
     preset, base = load_preset("authors"), load_model("tiny", dtype="float32")[0].state_dict()
     moved = {}
@@ -715,9 +719,9 @@ def test_checkpoints_at_chosen_rounds(tmp_path):
     with pytest.raises(ValueError, match="train_ppo.keep holds 5: expected rounds from 1 to 4"):
         train_ppo("tiny", tmp_path / "x", ID, config, keep=(5,), progress=False)
     assert not (tmp_path / "x").exists()
-    states, keep = [], ppo._keep
+    states, keep = [], ppo.Learner.keep
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(ppo, "_keep", lambda *a: (states.append(a[-1]["round"]), keep(*a)))
+        m.setattr(ppo.Learner, "keep", lambda *a: (states.append(a[-2]), keep(*a)))
         train_ppo("tiny", tmp_path / "long", ID, config, keep=(2, 4), progress=False)
     assert states == [3, 4] and sorted(p.name for p in (tmp_path / "long").glob("round-*")) == [
         "round-00002",
@@ -787,7 +791,7 @@ def test_trackers(tmp_path):
 
 
 def fake_server(model, tokenizer, bias=0.0):
-    "TRL's client, with its own signatures, and behind it a server that samples with our own model and tells log-probabilities that are off by `bias`."
+    "TRL's client, and behind it a server that samples with our own model; its log-probabilities are off by `bias`."
     from trl.generation.vllm_client import VLLMClient
 
     client, weights, calls = create_autospec(VLLMClient, instance=True), {}, iter(range(1000))
@@ -812,7 +816,7 @@ def fake_server(model, tokenizer, bias=0.0):
         ) == {"stop_token_ids"}  # no seed: it would be one for all
         model.load_state_dict(weights)
         call = next(calls)
-        found = sft.generate(
+        found = playing.generate(
             model, tokenizer, prompts, max_tokens, temperature, [(call, i) for i in range(len(prompts))]
         )
         b = collate(
@@ -886,7 +890,7 @@ def test_a_server_by_its_address(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "VLLMSampler", sampler)
     config = PPOConfig(iterations=1, samples=8, minibatch=8, epochs=1, vllm="http://gpu:8000")
     train_ppo("tiny", tmp_path / "a", ID, config, progress=False)
-    train_ppo("tiny", tmp_path / "b", ID, config, progress=False, sampler=sft.generate)
+    train_ppo("tiny", tmp_path / "b", ID, config, progress=False, sampler=playing.generate)
     assert (
         asked == ["http://gpu:8000"]
         and "importance" in pd.read_parquet(tmp_path / "a/log.parquet")

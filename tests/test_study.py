@@ -1,26 +1,21 @@
 "The study as a program: killed at any moment it goes on, and bad settings are refused before anything is written."
 
+import dataclasses
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import numpy as np
 import pandas as pd
 import pytest
-from gp_spectral.explore import Run
 from gp_spectral.folders import write_json
-from gp_spectral.study import (
-    Preset,
-    _Progress,
-    checkpoints,
-    claims,
-    load_preset,
-    main,
-    recovery_plan,
-    edit_name,
-    stage_seconds,
-)
+from gp_spectral import stages
+from gp_spectral.cli import main
+from gp_spectral.preset import load_preset, read_preset, settings_table
+from gp_spectral.report import write_report
+from gp_spectral.stages import Study, Unseen, recovery_plan
+from gp_spectral.study import _Progress
 
 LITTLE = dict(
     test_problems=24,
@@ -43,10 +38,7 @@ def start(out, *more, log="log.txt"):
     "The study in a process of its own, always with the same number of threads: other tests may have changed theirs."
     with open(out / log, "a") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "gp_spectral.study", *COMMAND, *more, "--out", str(out)],
-            stdout=log,
-            stderr=log,
-            cwd=out,
+            [sys.executable, "-m", "gp_spectral", *COMMAND, *more, "--out", str(out)], stdout=log, stderr=log, cwd=out
         )
 
 
@@ -81,7 +73,7 @@ def test_killed_it_goes_on(finished, tmp_path, kills):
 
 @pytest.mark.slow
 def test_two_processes_share_the_seeds(finished, tmp_path):
-    "Three are given the same command, and one of them is killed: all seeds are run, and a seed's numbers do not depend on who else was there."
+    "Three get the same command, and one is killed: all seeds are run, whose numbers do not depend on who was there."
     a, b, c = (start(tmp_path, "--seeds", "3", log=f"{name}.txt") for name in "abc")
     while not all((tmp_path / "tiny" / s / "sft").exists() for s in "012"):  # each is at a seed of its own
         assert all(p.poll() is None for p in (a, b, c)), (tmp_path / "a.txt").read_text()
@@ -104,7 +96,20 @@ def test_a_log_file_is_not_filled_with_progress(finished):
 
 def test_report_opens_offline(finished):
     page = (finished / "report.html").read_text()
-    assert "src='http" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8
+    assert "://" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8
+
+
+def test_the_report_can_be_made_again(finished, tmp_path):
+    "From what the stages left alone: the same tables, pictures and page."
+    root = shutil.copytree(finished, tmp_path / "tiny")
+    study, made = Study.open(root), [*(root / "tables").iterdir(), *(root / "figures").iterdir(), root / "report.html"]
+    for file in made:
+        file.unlink()
+    command = " ".join(["gp-spectral study --preset tiny --seeds 1", *(f"--set {k}={v}" for k, v in LITTLE.items())])
+    assert write_report(study, command) == root / "report.html"
+    for file in made:
+        assert file.read_bytes() == (finished / file.relative_to(root)).read_bytes(), file.name
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,10 @@ def test_report_opens_offline(finished):
         (["study", "--set", "band=0.7"], "band = 0.7"),
         (["study", "--set", "ppo_starts=0.5"], "ppo_starts = (0.5,)"),
         (["study", "--set", "rl=dpo"], "rl = 'dpo'"),
-        (["study", "--set", "sft_at=1.5"], "sft_at = (1.5,)"),
+        (["study", "--set", "sft_at=1.5"], "sft_at = '1.5'"),
+        (["study", "--set", "sft_stpes=3"], "unknown key 'sft_stpes': did you mean sft_steps?"),
+        (["study", "--preset", "smollm"], "unknown preset 'smollm': did you mean smollm2?"),
+        (["study", "--rl", "dpo"], "rl = 'dpo': expected one of ppo, grpo, rloo"),
         (["evaluate", "nowhere"], "nowhere is not a folder"),
         (["compare", "nowhere"], "at least two"),
         (["compare", "nowhere", "either"], "nowhere is not a folder"),
@@ -141,6 +149,15 @@ def test_a_settings_file_in_the_working_directory(tmp_path, monkeypatch, capsys)
     (tmp_path / "settings.ini").write_text("[tiny]\nspeed = 3\n")
     assert main(["study"]) == 2
     assert "settings.ini [tiny]" in (error := capsys.readouterr().err) and "'speed'" in error
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = mine\nsft_stpes = 3\nsft_lr = 1e-3\n")
+    assert main(["study"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown key 'lib_name'" in error  # one key is ours, so all of them have to be
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nsft_stpes = 3\nsft_lr = 1e-3\n")
+    assert main(["study"]) == 2
+    assert "settings.ini [DEFAULT]: unknown key 'sft_stpes': did you mean sft_steps?" in capsys.readouterr().err
+    (tmp_path / "settings.ini").write_text("[mine]\nextends = tiny\nsft_lr = 1e-4\n")
+    assert load_preset("mine").sft.lr == 1e-4 and load_preset("tiny").sft.lr == 2e-3
 
 
 def test_other_settings_are_refused(finished, capsys):
@@ -203,198 +220,92 @@ def test_each_stage_by_hand(tmp_path, capsys):
     capsys.readouterr()
 
 
-# The claims on made-up numbers: what the verdicts say when the truth is known.
-def outcomes(seeds, hands, rate, rng):
-    "True or False for each seed and hand, at a rate that differs a little between seeds, and much between hands, which are the same for all."
-    hard = np.random.default_rng(hands).normal(size=(1, hands))
-    p = np.clip(rate + 0.01 * rng.normal(size=(seeds, 1)) + 0.2 * hard, 0, 1)
-    return (rng.random((seeds, hands)) < p).ravel()
+NBDEV = "[DEFAULT]\nrepo = mine\nlib_name = %(repo)s\nversion = 0.0.1\nblack_formatting = False\n"
 
 
-def made_up(rates, edits, seeds=6, hands=600, seed=0):
-    "Tables in which checkpoints and edits have the given OOD success; spectra and angles are those of a training that turns and of noise that does not."
-    rng, at = (
-        np.random.default_rng(seed),
-        dict(
-            seed=np.repeat(range(seeds), hands),
-            problem=np.tile(range(hands), seeds),
-            hand=[f"h{i}" for i in range(hands)] * seeds,
-        ),
-    )
-    ev = pd.concat(
-        [
-            pd.DataFrame(
-                at | dict(checkpoint=c, rule=rule, allowed=1, solved_first=outcomes(seeds, hands, r, rng), error="")
-            )
-            for c, r in rates.items()
-            for rule in ("ID", "OOD")
-        ]
-    )
-    rec = pd.concat(
-        [
-            pd.DataFrame(at | dict(edit=e, rule="OOD", solved_first=outcomes(seeds, hands, r, rng)))
-            for e, r in edits.items()
-        ]
-    )
-    curve = pd.DataFrame(
-        [
-            dict(seed=s, step=t, rule=rule, set=kind, rate=r)
-            for s in range(seeds)
-            for rule, kind, rs in (
-                ("OOD", "validation", (0.3, 0.5, 0.2)),
-                ("ID", "validation", (0.3, 0.2, 0.2)),
-                ("ID", "seen", (0.3, 0.6, 0.9)),
-            )
-            for t, r in zip((0, 10, 20), rs)
-        ]
-    )
-    losses = pd.DataFrame(
-        [
-            dict(seed=s, step=t, rule=r, loss=1 - t / 100)
-            for s in range(seeds)
-            for t in (0, 10, 20)
-            for r in ("ID", "OOD")
-        ]
-    )
-    pairs = [("base", "end", 0.2, 0.004), ("end", "rl", 0.02, 0.001), ("end", "noise", 0.02, 0.02)]
-    sigma = pd.DataFrame(
-        [
-            dict(seed=s, base=a, other=b, matrix=m, mean_abs_change=c * rng.uniform(0.95, 1.05))
-            for s in range(seeds)
-            for a, b, _, c in pairs
-            for m in "uvwxyz"
-        ]
-    )
-    shape = {m: rng.uniform(0.3, 3) for m in "uvwxyz"}
-    angles = pd.DataFrame(
-        [
-            dict(
-                seed=s,
-                base=a,
-                other=b,
-                matrix=m,
-                side=side,
-                band=band,
-                random_mean=1.0,
-                mean=t
-                * (rng.uniform(0.3, 3) if b == "noise" else shape[m] * rng.uniform(0.97, 1.03))
-                * {"head": 1.5, "bulk": 1, "tail": 2}[band],
-            )
-            for s in range(seeds)
-            for a, b, t, _ in pairs
-            for m in "uvwxyz"
-            for side in "UV"
-            for band in ("head", "bulk", "tail")
-        ]
-    )
-    return dict(
-        evaluations=ev,
-        recovery_answers=rec,
-        sft_curve=curve,
-        losses=losses,
-        sigma=sigma,
-        angles=angles,
-        preset=dict(band=0.2),
-        steps=dict(end=20, starts=[10, 20, 40]),
-    )
-
-
-PAPER = dict(base=0.3, max_ood=0.6, end=0.2, rl=0.55, sft_10=0.5, rl_10=0.3, sft_40=0.1, rl_40=0.05)
-EDITS = (
-    {edit_name(**e): 0.2 for e in recovery_plan(Preset())}
-    | dict(target=0.2, donor=0.6)
-    | {
-        "uv 20%": 0.55,
-        "anchored 20%": 0.57,
-        "interpolate_to_norm 20%": 0.4,
-        "reset first 25%": 0.56,
-        "reset last 25%": 0.2,
-        "sigma_only 100%": 0.21,
-    }
-)
-
-
-def verdicts(tables):
-    return [(r.claim, r.text, r.verdict) for r in claims(tables).itertuples()]
-
-
-def test_claims_of_a_world_as_the_paper_says():
-    found = verdicts(made_up(PAPER, EDITS))
-    ours = ("held-out hands rises", "plain interpolation")  # made up to fall, and to give back half
-    for claim, text, verdict in found:
-        if "C7" == claim:
-            continue
-        assert verdict == ("not reproduced" if any(part in text for part in ours) else "reproduced"), (
-            claim,
-            text,
-            verdict,
-        )
-
-
-def test_claims_of_a_world_that_contradicts():
-    found = {
-        t: v
-        for _, t, v in verdicts(
-            made_up(
-                dict(base=0.6, max_ood=0.4, end=0.4, rl=0.3, sft_10=0.4, rl_10=0.6, sft_40=0.3, rl_40=0.6),
-                EDITS | {"uv 20%": 0.1, "anchored 20%": 0.2, "sigma_only 100%": 0.58},
-            )
-        )
-    }
-    at = lambda part: next(v for t, v in found.items() if part in t)
-    assert at("rises first") == at("raises OOD success") == "not reproduced"
-    assert at("falls from its peak") == "undecided"
-    assert at("gives back most of the loss") == "undecided"  # there is no loss to give back
-    assert at("UV merge") == at("anchored merge, isospectral") == at("singular values alone") == "not reproduced"
-    assert at("too short (step 10) RL does not heal") == at("ends above RL from the too long") == "not reproduced"
-
-
-def test_a_seed_that_lost_nothing_is_not_left_out():
-    tables = made_up(PAPER, EDITS)
-    ev = tables["evaluations"]
-    ev.loc[(ev.seed == 0) & (ev.checkpoint == "max_ood"), "solved_first"] = ev.loc[
-        (ev.seed == 0) & (ev.checkpoint == "end"), "solved_first"
-    ].to_numpy()
-    row = claims(tables).query("claim == 'C2' and unit == 'of the loss'").iloc[0]
-    assert row.seeds == 6 and np.isfinite(row.effect)
-
-
-def test_one_seed_decides_nothing():
-    assert {v for *_, v in verdicts(made_up(PAPER, EDITS, seeds=1))} == {"undecided"}
-
-
-def test_a_foreign_settings_file_is_in_nobodys_way(tmp_path, monkeypatch):
-    "Sections that are not used are not judged."
+@pytest.mark.parametrize("text", [NBDEV, "[server]\nport = 3\n"], ids=["nbdev 2", "another program"])
+def test_a_foreign_settings_file_is_in_nobodys_way(tmp_path, monkeypatch, text):
+    "One note says that it is not read. Where one of its sections is asked for, it is ours, and judged."
+    shipped = load_preset("tiny")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "settings.ini").write_text("[server]\nport = 3\n")
-    assert load_preset("tiny") == Preset()
-    with pytest.raises(ValueError, match="port"):
-        load_preset("server")
+    (tmp_path / "settings.ini").write_text(text)
+    with pytest.warns(UserWarning, match="settings.ini has no setting of gp-spectral") as notes:
+        assert load_preset("tiny") == shipped
+    assert len(notes) == 1
+    if "server" in text:
+        with pytest.raises(ValueError, match="port"):
+            load_preset("server")
 
 
-def test_the_explorer_finds_what_the_preset_says(finished, tmp_path):
+def test_the_note_is_told_on_stderr(tmp_path):
+    (tmp_path / "settings.ini").write_text(NBDEV)
+    arguments = [sys.executable, "-m", "gp_spectral", "evaluate", "nowhere"]
+    said = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 2 and "nowhere is not a folder" in said.stderr
+    assert said.stderr.count("note:") == 1 and "settings.ini has no setting of gp-spectral" in said.stderr
+
+
+def test_a_key_is_one_setting_of_one_training():
+    "Said under its key, a setting arrives in the training that the key names, and in no other place."
+    told = dict(sft_lr="1", sft_batch="7", sft_hands="0", ppo_clip="0.3", ppo_kl="loss", lora="4", sft_at="10 20")
+    preset = load_preset("tiny", told | dict(rl="rloo", ppo_lr="0.5", grpo_generations="6"))
+    assert (preset.sft.lr, preset.sft.batch_size, preset.sft.hands, preset.sft.at) == (1.0, 7, None, (10, 20))
+    assert (preset.ppo.clip, preset.ppo.kl, preset.ppo.lr) == (0.3, "loss", 0.5)
+    assert (preset.grpo.generations, preset.grpo.clip, preset.rl_config(5).lr) == (6, 0.3, 0.5)
+    assert {preset.sft.lora, preset.ppo.lora, preset.grpo.lora} == {4} and preset.rl_config(5).seed == 5
+
+
+def test_presets_are_what_they_were():
+    "Some values of each, from where they are said: a class, [DEFAULT], the section, the one that it extends."
+    values = lambda name, *keys: [getattr(load_preset(name), key) for key in keys]
+    keys = ("sft_steps", "sft_lr", "sft_hands", "ppo_iterations", "ppo_lr", "ppo_clip", "grpo_generations")
+    assert values("tiny", *keys) == [320, 2e-3, 90, 16, 2e-4, 0.2, 8]
+    assert values("tiny", "ppo_starts", "sft_at", "ppo_whiten", "target") == [(0.25, 1.0, 2.0), (), True, "24"]
+    assert values("smollm2", *keys) == [200, 3e-4, 0, 8, 2e-5, 0.2, 8]
+    assert values("smollm2-gpu", *keys) == [200, 3e-4, 22, 16, 2e-5, 0.2, 8]
+    assert values("smollm2-gpu", "rl_hands", "ppo_save_every", "target") == ["unseen", 8, "1-30"]
+    assert values("qwen2.5-7b", *keys) == [800, 1e-6, 0, 300, 1e-6, 0.1, 8]
+    assert values("llama-3.2-11b", "sft_at", "ppo_keep", "ppo_samples", "ppo_adam_eps") == [(140,), (69,), 512, 1e-7]
+
+
+def test_the_table_of_settings():
+    table = settings_table(load_preset("tiny", dict(band="0.1"))).set_index("key")
+    assert list(table.loc["band", ["value", "default", "range"]]) == ["0.1", "0.2", "above 0 and at most 0.5"]
+    assert list(table.loc["sft_lr", ["value", "default"]]) == ["0.002", "0.001"]
+
+
+def test_a_finished_study_is_opened(finished, tmp_path):
+    study = Study.open(finished)
+    assert (study.name, study.seeds, study.starts) == ("tiny", [0], [2, 6, 12])
+    assert study.preset == load_preset("tiny", {k: str(v) for k, v in LITTLE.items()}) == read_preset(finished)
+    assert set(study.checkpoints(0)) == {"base", "max_ood", "sft_2", "rl_2", "end", "rl", "sft_12", "rl_12"}
+    assert all(path.exists() for path in study.checkpoints(0).values())
+    assert study.tables is study.tables and {"claims", "angles", "recovery"} <= set(study.tables)
+    with pytest.raises(ValueError, match="holds no finished study"):
+        Study.open(tmp_path)
+
+
+def test_a_study_finds_what_the_preset_says(finished, tmp_path):
     "The base that was taught, RL by another name: read from the run's own record, not guessed."
     shutil.copytree(finished / "tables", tmp_path / "tables")
     shutil.copytree(finished / "0", tmp_path / "0")
-    import dataclasses
-    import json
-
     preset = dataclasses.replace(load_preset("tiny", {k: str(v) for k, v in LITTLE.items()}), rl="grpo")
     (tmp_path / "preset.json").write_text(json.dumps(dataclasses.asdict(preset)))
-    assert Run(tmp_path).paths()["rl"] == tmp_path / "0" / "grpo-00006" / "checkpoint"
-    assert checkpoints(preset, tmp_path / "0")["sft_12"] == tmp_path / "0" / "sft" / "step-00012"
+    named = Study.open(tmp_path).checkpoints(0)
+    assert named["rl"] == tmp_path / "0" / "grpo-00006" / "checkpoint"
+    assert named["sft_12"] == tmp_path / "0" / "sft" / "step-00012"
     (tmp_path / "preset.json").unlink()
     with pytest.raises(ValueError, match="holds no study"):
-        Run(tmp_path)
+        Study.open(tmp_path)
 
 
 def test_forecast(tmp_path):
     "Teaching is counted once for all seeds, and no more when it is done; what stages took corrects the rest."
-    said, preset = [], Preset(teach_steps=5)
-    bar = lambda: _Progress(preset, tmp_path, 2, lambda text, **k: said.append(text))
+    said, preset = [], load_preset("tiny", dict(teach_steps="5"))
+    bar = lambda seeds=2: _Progress(Study(preset, tmp_path, seeds), lambda text, **k: said.append(text))
     assert [s for s, _ in bar().left].count("") == 1 and len(bar().left) == 11
     new = bar()
-    new.guess = stage_seconds(preset, 0.1, 0.01)
+    new.guess = new.study.stage_seconds(0.1, 0.01)
     whole = new.to_go()
     (tmp_path / "taught").mkdir()
     write_json(dict(seconds=2 * new.guess["taught"]), tmp_path / "taught" / "record.json")
@@ -402,8 +313,8 @@ def test_forecast(tmp_path):
     new.done("", "taught", tmp_path / "taught")
     rest = whole - new.guess["taught"]
     assert new.to_go() == pytest.approx(2 * rest) and said[-1].startswith("base    taught")
-    new = _Progress(preset, tmp_path, 5, lambda text, **k: said.append(text))
-    new.guess = stage_seconds(preset, 0.1, 0.01)
+    new = bar(5)
+    new.guess = new.study.stage_seconds(0.1, 0.01)
     one = rest / 2
     new.elsewhere(0)
     new.elsewhere(0)
@@ -419,10 +330,9 @@ def test_forecast(tmp_path):
 
 def test_rl_is_dealt_hands_that_sft_has_not_seen():
     from gp_spectral.sft import sft_dataset
-    from gp_spectral.study import Unseen, tasks
 
     preset = load_preset("tiny", dict(rl_hands="unseen", sft_hands="30"))
-    task = tasks(preset)["ID"]
+    task = preset.tasks()["ID"]
     unseen, taught = Unseen(task, 400, 3, 30), {p.key for p in sft_dataset(task, 400, 3, 30)[0]}
     dealt = unseen.problems("train", 500, "3:0")
     assert len(dealt) == 500 and dealt == unseen.problems("train", 500, "3:0") != unseen.problems("train", 500, "3:1")
@@ -441,12 +351,10 @@ def test_rl_is_dealt_hands_that_sft_has_not_seen():
 
 def test_recovery_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
     "Killed between two edits, it asks only those that are left, and the tables are the same."
-    from gp_spectral import recovery, study
-
     root = shutil.copytree(finished, tmp_path / "tiny")
-    preset, folder = study.read_preset(root), root / "0"
-    shutil.rmtree(folder / "recovery")
-    edit, made = recovery.recover, []
+    study = Study.open(root)
+    shutil.rmtree(study.folder(0) / "recovery")
+    edit, made = stages.recover, []
 
     def recover(*args, **kwargs):
         if len(made) == 4:
@@ -454,15 +362,13 @@ def test_recovery_goes_on_where_it_was_killed(finished, tmp_path, monkeypatch):
         made.append(kwargs["method"])
         return edit(*args, **kwargs)
 
-    monkeypatch.setattr(recovery, "recover", recover)
+    monkeypatch.setattr(stages, "recover", recover)
     with pytest.raises(KeyboardInterrupt):
-        study.run_recovery(preset, 0, folder, progress=False)
-    assert len(made) == 4 and not (folder / "recovery").exists()
-    monkeypatch.setattr(
-        recovery, "recover", lambda *args, **kwargs: made.append(kwargs["method"]) or edit(*args, **kwargs)
-    )
-    study.run_recovery(preset, 0, folder, progress=False)
-    assert len(made) == len(recovery_plan(preset))  # none twice
+        study.recovery(0)
+    assert len(made) == 4 and not (study.folder(0) / "recovery").exists()
+    monkeypatch.setattr(stages, "recover", lambda *a, **k: made.append(k["method"]) or edit(*a, **k))
+    study.recovery(0)
+    assert len(made) == len(recovery_plan(study.preset.tops, study.preset.band))  # none twice
     for name in ("recovery", "recovery_answers"):
         pd.testing.assert_frame_equal(
             *(pd.read_parquet(x / "0" / "recovery" / f"{name}.parquet") for x in (finished, root)), check_exact=True

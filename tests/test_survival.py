@@ -9,52 +9,112 @@ import pytest
 import torch
 from made import Parity
 
-from gp_spectral import grpo, ppo, sft
+from gp_spectral import models, ppo, sft
+from gp_spectral.book import Book
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo
-from gp_spectral.sft import load_model, train_sft
+from gp_spectral.models import load_model
+from gp_spectral.sft import train_sft
 
 ID, OOD = GeneralPoints(), GeneralPoints("faces_as_rank")
 
 DRIVER = """
-"Runs a training undisturbed, then again in children that are killed, exactly as often as was asked, and then to its end; forked, so that they need no time for imports."
+"Runs a training undisturbed, then in children that are killed as often as asked, then to its end; forked, to be quick."
+
 import os, random, shutil, signal, sys, time, warnings
+
 warnings.filterwarnings("ignore")
 import torch
+
 torch.set_num_threads(1)
 from gp_spectral.env import GeneralPoints
 from gp_spectral.ppo import PPOConfig, train_ppo
 from gp_spectral.sft import train_sft
 import trl.trainer.sft_trainer
+
 kind, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
-ID, OOD, kept = GeneralPoints(), GeneralPoints("faces_as_rank"), folder + "/killed/resume." + ("pt" if "ppo" in kind else "json")
+ID, OOD, kept = (
+    GeneralPoints(),
+    GeneralPoints("faces_as_rank"),
+    folder + "/killed/resume." + ("pt" if "ppo" in kind else "json"),
+)
+
+
 def train(out):
     if "ppo" in kind:
-        more = dict(lora=2, value_head="model") if "lora" in kind else dict(microbatch=5, attempts=2, kl="loss", lr_end=0.0)
-        train_ppo("tiny", out, ID, PPOConfig(iterations=6, samples=24, minibatch=12, **more), {"OOD": OOD}, 2, 10, progress=False)
-    else: train_sft("tiny", out, ID, {"ID": ID, "OOD": OOD}, steps=24, points=3, n_eval=10, examples=60, batch_size=8, save_every=3, lora=2 * ("lora" in kind), progress=False)
+        more = (
+            dict(lora=2, value_head="model")
+            if "lora" in kind
+            else dict(microbatch=5, attempts=2, kl="loss", lr_end=0.0)
+        )
+        train_ppo(
+            "tiny",
+            out,
+            ID,
+            PPOConfig(iterations=6, samples=24, minibatch=12, **more),
+            {"OOD": OOD},
+            2,
+            10,
+            progress=False,
+        )
+    else:
+        train_sft(
+            "tiny",
+            out,
+            ID,
+            {"ID": ID, "OOD": OOD},
+            steps=24,
+            points=3,
+            n_eval=10,
+            examples=60,
+            batch_size=8,
+            save_every=3,
+            lora=2 * ("lora" in kind),
+            progress=False,
+        )
+
+
 def child(out):
     pid = os.fork()
-    if pid == 0: train(out); os._exit(0)
+    if pid == 0:
+        train(out)
+        os._exit(0)
     return pid
-def states(): return os.stat(kept).st_mtime_ns if os.path.exists(kept) else None
+
+
+def states():
+    return os.stat(kept).st_mtime_ns if os.path.exists(kept) else None
+
+
 def live(seconds, progress):
-    "A child's life: so long, and, where progress is asked for, until it has kept a state that was not there before. False: it came to its end before it was killed."
+    "A life: so long, and, where asked for, until it has kept a new state. False: it ended before it was killed."
     pid, begun, before = child(folder + "/killed"), time.time(), states()
     while time.time() - begun < seconds or progress and states() == before:
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done: assert status == 0; return False
+        if done:
+            assert status == 0
+            return False
         time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL); assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     return True
+
+
 def undisturbed(out):
-    begun = time.time(); assert os.waitpid(child(out), 0)[1] == 0; return time.time() - begun
+    begun = time.time()
+    assert os.waitpid(child(out), 0)[1] == 0
+    return time.time() - begun
+
+
 whole, rng, done, went_on = undisturbed(folder + "/whole"), random.Random(), 0, 0
-while done < kills:                                        # some kills come before there is anything to go on from, most after
+while done < kills:  # some kills come before there is anything to go on from, most after
     went_on += states() is not None
-    left = max(0.02, 0.5 * (1 - done / kills))              # the less is left of the run, the shorter the lives
-    if live(rng.uniform(0, left) * whole, progress=done == 1 or rng.random() < 0.2): done += 1
-    else: shutil.rmtree(folder + "/killed")                 # it was quicker than the killer: from the beginning, the kills so far count
+    left = max(0.02, 0.5 * (1 - done / kills))  # the less is left of the run, the shorter the lives
+    if live(rng.uniform(0, left) * whole, progress=done == 1 or rng.random() < 0.2):
+        done += 1
+    else:
+        shutil.rmtree(folder + "/killed")
+        # it was quicker than the killer: from the beginning, the kills so far count
 undisturbed(folder + "/killed")
 print("kills:", done, "of these with something kept:", went_on)
 """
@@ -166,7 +226,7 @@ def test_diverging_ppo_stops(tmp_path):
 
 @pytest.mark.parametrize("step", [7, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_that_are_no_numbers_are_no_state(tmp_path, monkeypatch, step):
-    "Weights break in a step that is saved but not logged by itself; the state before it stays, and the run goes on from there."
+    "Weights break in a step that is saved but not logged by itself; the run goes on from the state before."
     import trl
 
     options = dict(
@@ -199,14 +259,14 @@ def test_weights_that_are_no_numbers_are_no_state(tmp_path, monkeypatch, step):
 
 def test_ppo_keeps_no_state_that_is_not_finite(tmp_path, monkeypatch):
     train_ppo("tiny", tmp_path, ID, SMALL, progress=False, stop_after=2)
-    before, update = (tmp_path / "resume.pt").read_bytes(), ppo._update
+    before, update = (tmp_path / "resume.pt").read_bytes(), ppo.Learner.update
 
-    def breaks(net, *more):
-        row = update(net, *more)
-        net.value_head[0].weight.data[0, 3] = float("inf")
+    def breaks(learner, *more):
+        row = update(learner, *more)
+        learner.net.value_head[0].weight.data[0, 3] = float("inf")
         return row
 
-    monkeypatch.setattr(ppo, "_update", breaks)
+    monkeypatch.setattr(ppo.Learner, "update", breaks)
     with pytest.raises(
         FloatingPointError,
         match="value_head.0.weight holds NaN or infinite values, the state of round 3 is not written",
@@ -217,10 +277,10 @@ def test_ppo_keeps_no_state_that_is_not_finite(tmp_path, monkeypatch):
 
 def test_a_diverged_model_is_not_written(tmp_path):
     model, tokenizer = load_model("tiny")
-    sft.save_model(model, tokenizer, tmp_path / "out")
+    models.save_model(model, tokenizer, tmp_path / "out")
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(FloatingPointError, match="model.norm.weight"):
-        sft.save_model(model, tokenizer, tmp_path / "out")
+        models.save_model(model, tokenizer, tmp_path / "out")
     assert load_model(tmp_path / "out")  # the good one is still there
 
 
@@ -296,8 +356,7 @@ def unfinished(train, out):
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-            for module in (sft, grpo):
-                m.setattr(module, "complete", stop)
+            m.setattr(Book, "finish", stop)
             train(out)
 
 
@@ -317,8 +376,7 @@ def test_a_finished_run(tmp_path, train):
     curve = train(tmp_path / "out")
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()}
     with pytest.MonkeyPatch.context() as m:
-        for module in (sft, ppo, grpo):
-            m.setattr(module, "load_model", None)  # nothing is loaded
+        m.setattr(models, "load_model", None)  # nothing is loaded
         again = train(tmp_path / "out")
     pd.testing.assert_frame_equal(curve, again)
     for name, other in OTHER:
@@ -349,15 +407,14 @@ def test_killed_after_the_last_word(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
 def test_killed_before_the_last_word(tmp_path, train):
-    "The checkpoint is there and settings.json is not; of rounds between states to go on from, fewer have been than were asked for."
+    "The checkpoint is there and settings.json is not; there have been fewer rounds than lie between two states."
 
     def stop(*a, **k):
         raise KeyboardInterrupt
 
     seldom = {ppo_: dict(save_every=5), grpo_: dict(eval_every=5), sft_: {}}[train]
     with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-        for module in (sft, ppo, grpo):
-            m.setattr(module, "complete", stop)
+        m.setattr(Book, "finish", stop)
         train(tmp_path / "out", **seldom)
     assert not (tmp_path / "out/settings.json").exists()
     train(tmp_path / "out", **seldom)
@@ -371,7 +428,7 @@ def test_grpo_killed_twice(tmp_path, eval_tasks):
 
     def go(kill_in):
         def log(self, args, state, control, logs=None, **more):
-            if kill_in and len(self.log) + 1 == kill_in:
+            if kill_in and len(self.book.log) + 1 == kill_in:
                 raise KeyboardInterrupt
             return keep(self, args, state, control, logs=logs, **more)
 
@@ -397,7 +454,12 @@ def test_grpo_killed_twice(tmp_path, eval_tasks):
     assert pd.read_parquet(tmp_path / "out/log.parquet")["round"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
-HOLD = "import sys, time\nfrom gp_spectral.sft import claimed\nwith claimed(sys.argv[1]) as ours: print(ours, flush=True); time.sleep(600)"
+HOLD = """import sys, time
+from gp_spectral.book import claimed
+with claimed(sys.argv[1]) as ours:
+    print(ours, flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
@@ -453,7 +515,7 @@ def test_no_folder_before_the_inputs_are_good(tmp_path, train):
     ids=str,
 )
 def test_settings_of_sft_out_of_range_are_named(tmp_path, name, value):
-    with pytest.raises(ValueError, match=rf"train_sft\.{name} is {value!r}: expected"):
+    with pytest.raises(ValueError, match=rf"SFTConfig\.{name} is {value!r}: expected"):
         sft_(tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
 
@@ -470,5 +532,5 @@ def test_further_steps(tmp_path):
     assert all(
         row.loss == log[row.step] for row in curve[curve.step > 0].itertuples()
     )  # the loss of a point is that of its step
-    with pytest.raises(ValueError, match="train_sft.at holds 9: expected steps from 1 to 8"):
+    with pytest.raises(ValueError, match="SFTConfig.at is 9: expected steps from 1 to 8"):
         sft_(tmp_path / "x", steps=8, at=(9,))

@@ -13,8 +13,11 @@ from gp_spectral.env import Feedback, GeneralPoints
 from gp_spectral.grpo import GRPOConfig, train_grpo
 from gp_spectral.ppo import PPOConfig, train_ppo, whiten
 from gp_spectral.folders import TINY
-from gp_spectral.sft import evaluate, load_model, pick, play, resolve_precision, save_model, success_rate, train_sft
-from gp_spectral.study import Preset, study
+from gp_spectral.models import load_model, resolve_precision, save_model
+from gp_spectral.play import evaluate, play, success_rate
+from gp_spectral.sft import pick, train_sft
+from gp_spectral.preset import Preset
+from gp_spectral.study import study
 
 ID, OOD = GeneralPoints("faces_as_ten"), GeneralPoints("faces_as_rank")
 
@@ -49,7 +52,8 @@ def test_weights_of_another_shape_are_named(tiny):
     (tiny / "config.json").write_text(json.dumps(config | dict(intermediate_size=wide)))
     with pytest.raises(
         ValueError,
-        match=rf"model.layers.0.mlp.down_proj.weight in .*tiny has the shape \({there[0]}, {there[1]}\), its config.json wants \({there[0]}, {wide}\)",
+        match=rf"model.layers.0.mlp.down_proj.weight in .*tiny has the shape \({there[0]}, {there[1]}\), "
+        rf"its config.json wants \({there[0]}, {wide}\)",
     ):
         load_model(tiny)
 
@@ -93,7 +97,7 @@ def test_save_is_whole_or_not(tiny, tmp_path, monkeypatch):
 
 
 def test_the_base_model_plays_both_rules():
-    "The line of the model card, in small: far above nothing. 400 problems a rule; 30 % is what the package promises on more."
+    "The line of the model card, in small: far above nothing. The package promises 30 %, on more problems."
     for task in (ID, OOD):
         found = success_rate(evaluate("tiny", task, "test", 400, attempts=1))
         assert found["high"] > 0.30 and found["rate"] > 0.25, found
@@ -161,7 +165,7 @@ def test_microbatches_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, dict(microbatch=4), dict(lora=4)])
 def test_the_loss_is_trls(tmp_path, monkeypatch, options):
-    "On CPUs the logits of the prompts are not made; the steps are those of TRL's own loss, and the tokens that it counts."
+    "On CPUs the prompts have no logits; the steps are those of TRL's own loss, and the tokens that it counts."
     import trl
     import gp_spectral.sft as sft
 
@@ -282,7 +286,7 @@ def test_an_adapter_is_a_checkpoint_to_train_from(tmp_path):
     "Its base with the adapter merged: what peft makes of the two, and what the spectral side reads."
     from peft import get_peft_model
     from gp_spectral.checkpoint import Checkpoint
-    from gp_spectral.sft import lora_config
+    from gp_spectral.models import lora_config
 
     network = get_peft_model(load_model("tiny")[0], lora_config(4))
     torch.manual_seed(0)
