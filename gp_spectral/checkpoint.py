@@ -22,7 +22,7 @@ from copy import copy
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
-from .folders import CheckpointError, atomic, base_of, locate
+from .folders import CheckpointError, atomic, base_of, is_adapter, locate
 from fastcore.basics import patch
 import torch
 from torch import Tensor
@@ -145,15 +145,6 @@ def _stored(folder):
         why = "has a config.json but no model.safetensors: is it a tokenizer or an interrupted save?"
     raise CheckpointError(f"{folder} {why}")
 
-# %% ../nbs/03a_checkpoint.ipynb #f566991e
-def _is_adapter(folder):
-    there = lambda *names: any((folder / n).is_file() for n in names)
-    return (
-        not there("model.safetensors", "model.safetensors.index.json")
-        and there("adapter_config.json")
-        and (there("adapter_model.safetensors") or not there("config.json"))
-    )
-
 # %% ../nbs/03a_checkpoint.ipynb #221f7f87
 class Held:
     "A tensor of a model in memory: what `Entry` is for one in a file."
@@ -245,7 +236,7 @@ class Checkpoint:
 @patch
 def _open_folder(self: Checkpoint, name, base):
     self.model, self.path = None, locate(name)
-    if _is_adapter(self.path):
+    if is_adapter(self.path):
         return self._open_adapter(base)
     if not (self.path / "config.json").is_file():
         raise CheckpointError(f"{name} has no config.json: give the folder that save_pretrained wrote")
@@ -964,7 +955,7 @@ def with_base(
     base=None,  # of an adapter; others take no notice
 ) -> Checkpoint:
     "A checkpoint as the command line names it: `base` is for those that are adapters."
-    return Checkpoint(path, base=base if base and _is_adapter(locate(path)) else None)
+    return Checkpoint(path, base=base if base and is_adapter(locate(path)) else None)
 
 
 def as_checkpoint(

@@ -94,19 +94,7 @@ def functions_of(
 ) -> tuple:  # (function of a parser, function of the parsed arguments)
     "What a command reads, and what it does; its module is imported."
     module = import_module(f"gp_spectral.{COMMANDS[name].module}")
-    if not hasattr(module, f"{name}_arguments"):
-        return _older(name, module)
     return getattr(module, f"{name}_arguments"), getattr(module, f"run_{name}")
-
-# %% ../nbs/08_cli.ipynb #4f362b43
-def _older(name, module):
-    "The same from modules whose commands are not yet pairs of functions."
-    if COMMANDS[name].module == "sweep":
-        more = getattr(module, f"_for_{name}")
-        return lambda p: (module._common(p, name), more(p.add_argument)), getattr(module, f"_run_{name}")
-    [commands] = (a for a in module._parser()._actions if isinstance(a, argparse._SubParsersAction))
-    own = [a for a in commands.choices[name]._actions if a.dest != "help"]
-    return lambda p: [p._add_action(a) for a in own], lambda a: module._run(argparse.Namespace(command=name, **vars(a)))
 
 # %% ../nbs/08_cli.ipynb #cffa454d
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -201,8 +189,8 @@ def for_people():
 def _leave():
     "Takes leave of the other processes, if there are any: without it one of them may end with an abort."
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch.distributed" in sys.modules
-    if several and "gp_spectral.sft" in sys.modules:
-        sys.modules["gp_spectral.sft"].end_world()
+    if several and "gp_spectral.models" in sys.modules:
+        sys.modules["gp_spectral.models"].end_world()
 
 # %% ../nbs/08_cli.ipynb #d64b1d2e
 def _run(name, words):

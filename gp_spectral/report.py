@@ -27,7 +27,7 @@ from scipy import stats
 from .angles import angle_profile, plot_angles, plot_profile
 from .checkpoint import Checkpoint
 from .folders import atomic
-from .recovery import METHOD_STYLES, plot_recovery
+from .recovery import METHODS, load_methods, plot_recovery
 from .play import RULE_COLORS, success_rate
 from .stages import NAMES, clock, edit_name, versions
 from .svd import CHECKPOINT_COLORS, plot_sigma_change, plot_spectrum
@@ -588,11 +588,18 @@ _BARS = {  # edit, without its size: label
 }
 
 
+def _bars(edits):
+    "{edit, without its size: label}: those above, and methods that were registered besides."
+    named = {key.split()[0] for key in _BARS}
+    own = [m for m in METHODS if m not in named and any(e.split()[0] == m for e in edits)]
+    return _BARS | {m: METHODS[m].label.replace(" ", "\n", 1) for m in own}
+
+
 def _edit_of_bar(key, band):
     "(name of the edit, colour of its method)"
-    method = key.split()[0]
-    edit = key if method == "reset" else edit_name(method, 1.0 if method == "sigma_only" else band)
-    return edit, METHOD_STYLES[method][0]
+    method = METHODS[key.split()[0]]
+    edit = key if method.whole_layers else edit_name(method.name, method.top if method.top == 1.0 else band)
+    return edit, method.color or "C7"
 
 # %% ../nbs/06b_report.ipynb #fe52dcd6
 def _plot_bar(ax, x, rows, color):
@@ -617,13 +624,15 @@ def plot_recovery_bars(
     "Share of the lost OOD success that each edit gives back, with its 95 % interval; dots are seeds."
     ax = ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1]
     by_edit = _by_edit(tables)
-    for x, key in enumerate(_BARS):
+    load_methods()
+    bars = _bars(by_edit)
+    for x, key in enumerate(bars):
         edit, color = _edit_of_bar(key, band)
         _plot_bar(ax, x, _gain_and_loss(by_edit, edit), color)
     for level in (0, 100):
         ax.axhline(level, color="0.5", lw=0.9, zorder=0)
     ax.axhspan(70, 80, color="0.85", zorder=0)
-    ax.set_xticks(range(len(_BARS)), _BARS.values(), fontsize=8.5)
+    ax.set_xticks(range(len(bars)), bars.values(), fontsize=8.5)
     _tidy(ax, ylabel="share of the loss given back (%)", ylim=(-160, 210))
     return ax
 

@@ -35,7 +35,7 @@ from .play import evaluate, prompt_ids, success_rate
 from .ppo import check_launch as check_ppo
 from .ppo import train_ppo
 from .preset import SHARED, Game, Preset, read_preset
-from .recovery import recover, recovery_record
+from .recovery import METHODS, load_methods, recover, recovery_record
 from .sft import SFTConfig, pick, sft_dataset, train_sft
 from .svd import spectrum
 
@@ -579,9 +579,12 @@ def recovery_plan(
     by_size = ("uv", "anchored", "interpolate_to_norm")
     plan = [dict(method=m, top=t) for t in sorted({*tops, band}) for m in by_size]
     plan += [dict(method=m, top=band) for m in ("symmetric", "direct", "random")]
-    plan += [dict(method="sigma_only", top=1.0)]
+    plan += [dict(method="sigma_only", top=METHODS["sigma_only"].top)]
     plan += [dict(method=m, top=0.0, tail=band) for m in ("uv", "anchored")]
-    return plan + [dict(method="reset", layers=layers) for layers in ("first 25%", "last 25%", "first 50%")]
+    plan += [dict(method="reset", layers=layers) for layers in ("first 25%", "last 25%", "first 50%")]
+    load_methods()
+    tried = {edit["method"] for edit in plan} | {"interpolate"}  # whose size a study sets by another edit's
+    return plan + [dict(method=m, top=band) for m in METHODS if m not in tried]
 
 
 def edit_name(

@@ -6,7 +6,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/sweep.html.md"""
 
 # %% auto #0
 __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'SearchResult', 'search', 'methods_text',
-           'recover_arguments', 'run_recover', 'sweep_arguments', 'run_sweep', 'search_arguments', 'run_search', 'main']
+           'recover_arguments', 'run_recover', 'sweep_arguments', 'run_sweep', 'search_arguments', 'run_search']
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .angles import frobenius_norm
@@ -680,10 +680,6 @@ def search(
     return _result(scores, _searched(scores, steps, bands, slack))
 
 # %% ../nbs/05a_sweep.ipynb #b53abd05
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    "Defaults beside the arguments, and the list of methods as it is."
-
-
 def _size_text(x):
     return f"{x}" if isinstance(x, Ranks) else f"{100 * x:.4g}%"
 
@@ -717,7 +713,7 @@ def _option(text):
 def _common(parser, out, required=True, method="anchored", sized=False):
     "The arguments that all three commands have."
     a = parser.add_argument
-    parser.formatter_class, parser.epilog = _Help, methods_text(sized)
+    parser.epilog = methods_text(sized)
     a("target", help="the checkpoint to repair, a folder, a hub name or 'tiny'; it is only read")
     a("--donor", required=True, help="the checkpoint that directions come from")
     a("--base", help="what an adapter is laid over, where it is not to be found under the name in adapter_config.json")
@@ -858,23 +854,3 @@ def run_search(
     print(f"{found.message}\n{found.folder}: score {found.score:.6g}, edit norm {found.edit_norm:.3f}")
     print(json.dumps(found.settings))
     return int(not found.reached)
-
-# %% ../nbs/05a_sweep.ipynb #aae9910d
-_COMMANDS = dict(
-    recover=(recover_arguments, run_recover), sweep=(sweep_arguments, run_sweep), search=(search_arguments, run_search)
-)
-
-
-def main(argv):
-    "`gp-spectral recover`, `sweep` and `search`."
-    command, (arguments, run) = argv[0], _COMMANDS[argv[0]]
-    parser = argparse.ArgumentParser(prog=f"gp-spectral {command}", description=arguments.__doc__)
-    try:
-        arguments(parser)
-        return run(parser.parse_args(argv[1:])) or 0
-    except (ValueError, OSError) as e:
-        print(f"gp-spectral {command}: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped" + ("; the same command goes on from here" if command == "search" else ""), file=sys.stderr)
-        return 130
