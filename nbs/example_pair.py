@@ -1,4 +1,5 @@
-"""The checkpoints that 03a_checkpoint to 05_recovery look at: the shipped base model, the same model after a few seconds of fine-tuning, and real weights.
+"""The checkpoints that 03a_checkpoint to 05_recovery look at: the shipped base model, the same model after a few
+seconds of fine-tuning, and real weights.
 
 Not part of the package: the spectral wing itself knows nothing of any game.
 """
@@ -46,7 +47,7 @@ def batch(tokenizer, some):
 
 
 def make_pair(folder=None, steps=STEPS):
-    "`(base, tuned)`: two checkpoint folders, the second made in some seconds and kept in `folder` for the other notebooks."
+    "`(base, tuned)`: two checkpoint folders; the second is made in some seconds, and kept for the other notebooks."
     torch.set_num_threads(1)
     stamp = f"{BASE.resolve()}:{(BASE / 'model.safetensors').stat().st_mtime_ns}:{steps}:answers:{torch.__version__}"
     folder = Path(folder or Path(tempfile.gettempdir()) / f"gp_spectral_example_{os.getuid()}")
@@ -78,7 +79,7 @@ def make_pair(folder=None, steps=STEPS):
 
 
 def real_weights():
-    "The folder with SmolLM2-135M-Instruct as base_fp32, base, perturbed and sft (`scripts/smollm2.py`); made when it is not there, in some minutes."
+    "The folder that `scripts/smollm2.py` makes (base_fp32, base, perturbed, sft); made here when it is not there."
     root = Path(__file__).resolve().parent.parent
     folder = Path(os.environ.get("GP_SPECTRAL_SMOLLM2") or root / "runs" / "smollm2")
     if not (folder / "record.json").exists():
