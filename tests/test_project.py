@@ -154,7 +154,10 @@ def test_readme_renders_cells():
     }
     text = runpy.run_path(str(ROOT / "scripts" / "readme.py"))["render"](nb, "https://example.org/docs/")
     assert "[angles](https://example.org/docs/angles.html#bands), `[this](04_angles.ipynb)`" in text
-    assert "![bars](nbs/images/bars.png)" in text and "secret" not in text
+    assert (
+        "![bars](https://raw.githubusercontent.com/gp-spectral/gp_spectral/main/nbs/images/bars.png)" in text
+        and "secret" not in text
+    )
     assert text.endswith("```python\n1 + 1\n```\n\n```\n2\n```\n")
 
 
