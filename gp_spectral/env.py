@@ -280,7 +280,7 @@ def _value(formula):
 
 
 def judge(
-    problem: Problem,
+    problem: Problem,  # what was asked
     formula: str,  # without '= 24'
 ) -> Feedback:
     "What a formula earns as an answer to a problem."
@@ -329,7 +329,9 @@ def _paper_rule(faces):
     return "'J', 'Q', and 'K' count as " + "'{}', '{}', and '{}' respectively".format(*faces)
 
 
-def paper_prompt(problem):
+def paper_prompt(
+    problem: Problem,  # what is asked
+) -> str:
     "The published prompt for `problem`."
     n = len(problem.cards)
     slots, letters = "xyzw"[:n], "abcd"[:n]
@@ -344,7 +346,10 @@ def paper_prompt(problem):
     )
 
 
-def paper_answer(problem, formula):
+def paper_answer(
+    problem: Problem,  # what was asked
+    formula: str,  # without '= 24'
+) -> str:
     "The published answer format."
     cards = ", ".join(f"'{c}'" for c in problem.cards)
     return '{{\n  "cards": [{}],\n  "number": {},\n  "formula": "{}={}",\n}}'.format(
@@ -355,7 +360,10 @@ def paper_answer(problem, formula):
 _FORMULA = re.compile(r"""(["'])?formula(?(1)["'])\s{0,9}:\s{0,9}["']?([^"'\n}]{0,400})""")
 
 
-def read_paper(problem, text):
+def read_paper(
+    problem: Problem,  # what was asked
+    text: str,  # of an answer, whatever it is
+) -> str:  # a formula
     "The formula in an answer of the paper's style, without what follows '='."
     found = {
         bool(m[1]): m[2] for m in _FORMULA.finditer(text)
@@ -400,7 +408,9 @@ def steps_to(
 COMPACT_RULE = "J Q K = {} {} {}"
 
 
-def compact_prompt(problem):
+def compact_prompt(
+    problem: Problem,  # what is asked
+) -> str:
     "The same content in the words of the small model."
     return f"{COMPACT_RULE.format(*problem.faces)} ; target {problem.target} ; cards {' '.join(problem.cards)}"
 
@@ -409,7 +419,10 @@ def _result(a, op, b):
     return a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b
 
 
-def compact_answer(problem, rng):
+def compact_answer(
+    problem: Problem,  # what was asked
+    rng: random.Random,  # draws the solution
+) -> str | None:
     "A step-wise solution drawn at random among all; None when the hand needs a fraction."
     state, text = tuple(sorted(problem.numbers)), " ".join(problem.cards) + " = " + " ".join(map(str, problem.numbers))
     while len(state) > 1:
@@ -439,7 +452,10 @@ def _take(held, number):
     return at_hand or (int(number), number)
 
 
-def read_compact(problem, text):
+def read_compact(
+    problem: Problem,  # what was asked
+    text: str,  # of an answer, whatever it is
+) -> str:  # a formula
     "The formula that the steps of a compact answer build; what a step claims to give is not believed but computed."
     steps = [part.split() for part in text[:2000].split(";")[1:] if "=" in part]
     if not steps:
@@ -533,13 +549,19 @@ class GeneralPoints:
 
 # %% ../nbs/00_env.ipynb #98eeb0fa
 @patch
-def prompt(self: GeneralPoints, problem) -> str:
+def prompt(
+    self: GeneralPoints,
+    problem: Problem,  # what is asked
+) -> str:
     "The user turn that asks for `problem`."
     return STYLES[self.style][0](problem)
 
 
 @patch
-def retry(self: GeneralPoints, feedback) -> str:
+def retry(
+    self: GeneralPoints,
+    feedback: Feedback,  # on the attempt before
+) -> str:
     "The user turn after a failed attempt."
     return f"You failed this trial because {feedback.message}."
 
@@ -575,7 +597,11 @@ def problems(
 
 # %% ../nbs/00_env.ipynb #4df3da13
 @patch
-def answer(self: GeneralPoints, problem, seed=0) -> str:
+def answer(
+    self: GeneralPoints,
+    problem: Problem,  # what was asked
+    seed: int | str = 0,  # draws one of the solutions
+) -> str:
     "A right answer to `problem` in the task's style, drawn among all with `seed`."
     rng = random.Random(f"{problem.key}:{seed}")
     if self.style == "paper":

@@ -129,7 +129,7 @@ def training_problems(task: Any, config: GRPOConfig) -> list:
 
 
 def prompt_dataset(
-    task: Any,
+    task: Any,  # gives problems, prompts and verdicts
     problems: list,  # any Python objects
 ) -> Dataset:
     "What TRL reads: the user's turn, and the problem's place in the list."
@@ -186,8 +186,8 @@ def _last_probabilities(model, ids, mask):
 
 
 def check_padding(
-    model: torch.nn.Module,
-    tokenizer: Any,
+    model: torch.nn.Module,  # a causal language model
+    tokenizer: Any,  # its tokenizer, padding on the left
     prompts: list,  # of lists of token ids
 ):
     "A `ValueError` when padding as TRL does it would change what the model says."
@@ -224,7 +224,7 @@ _ALWAYS = dict(
 
 
 def check_launch(
-    config: GRPOConfig,
+    config: GRPOConfig,  # the settings of the run
     processes: int = 1,  # of the launch
 ):
     "A `ValueError` where the settings do not fit the launch."

@@ -389,7 +389,7 @@ def _diverged(name, what):
 
 
 def refuse_diverged(
-    model: torch.nn.Module,
+    model: torch.nn.Module,  # a causal language model
     what: str,  # what would be written
 ):
     "A `FloatingPointError`, in all processes, when a weight is no finite number in one of them."
@@ -400,7 +400,7 @@ def refuse_diverged(
 # %% ../nbs/00c_models.ipynb #2ec741c6
 def save_model(
     model: torch.nn.Module,  # the model, or a peft model, which is merged
-    tokenizer: Any,
+    tokenizer: Any,  # its tokenizer, padding on the left
     out: str | os.PathLike,  # folder; one that is there already is replaced
     state: dict | None = None,  # state dict to write instead of the model's own
 ) -> Path:

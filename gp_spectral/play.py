@@ -65,16 +65,16 @@ def _chat_ids(tokenizer, messages, after=None):
 
 
 def prompt_ids(
-    tokenizer: Any,
+    tokenizer: Any,  # its tokenizer, padding on the left
     task: Any,  # gives the prompt
-    problem: Any,
+    problem: Any,  # one of the task's
 ) -> list:  # token ids
     "The first user turn and the header of the answer."
     return _chat_ids(tokenizer, [{"role": "user", "content": task.prompt(problem)}])
 
 # %% ../nbs/00e_play.ipynb #3b8016ca
 def retry_ids(
-    tokenizer: Any,
+    tokenizer: Any,  # its tokenizer, padding on the left
     task: Any,  # says what the user answers to a failed attempt
     feedback: Any,  # the verifier's
     ended: bool,  # whether the model wrote the end token itself
@@ -139,10 +139,10 @@ def _left_padded(prompts, pad):
 
 # %% ../nbs/00e_play.ipynb #5440040f
 def generate(
-    model: torch.nn.Module,
-    tokenizer: Any,
+    model: torch.nn.Module,  # a causal language model
+    tokenizer: Any,  # its tokenizer, padding on the left
     prompts: list,  # of lists of token ids
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 64,  # per completion
     temperature: float = 0.0,  # 0 is greedy; nothing else (top-k, top-p, penalties) shapes the distribution
     seeds: list | None = None,  # with a temperature, for each prompt: a tuple of whole numbers; None: 0, 1, 2, …
 ) -> list:  # per prompt (new ids with the end token, whether it ended)
@@ -194,8 +194,8 @@ def _judge(episode, answer, task, tokenizer):
 
 # %% ../nbs/00e_play.ipynb #3f612d0f
 def play(
-    model: torch.nn.Module,
-    tokenizer: Any,
+    model: torch.nn.Module,  # a causal language model
+    tokenizer: Any,  # its tokenizer, padding on the left
     task: Any,  # gives prompts and verdicts
     problems: list,  # the problems to play, one episode each
     attempts: int = 1,  # attempts per episode, at most
@@ -259,7 +259,7 @@ def _result(i, e):
 # %% ../nbs/00e_play.ipynb #abc4532a
 def evaluate(
     model: Any,  # a checkpoint folder or name, (model, tokenizer), or a transformers model with `tokenizer`
-    task: Any,
+    task: Any,  # gives problems, prompts and verdicts
     split: str = "test",  # the split of the task's hands
     n: int = 800,  # problems
     seed: int = 0,  # of the problems; the same seed asks every checkpoint the same questions
@@ -282,7 +282,7 @@ def evaluate(
 # %% ../nbs/00e_play.ipynb #9502b119
 def success_rate(
     table: pd.DataFrame,  # rows of `evaluate`
-    column: str = "solved_first",
+    column: str = "solved_first",  # the column of true and false that is counted
     z: float = 1.96,  # normal quantile of the interval: 1.96 for 95 %
 ) -> dict:  # rate, low, high, n, hands
     "A rate with its interval, hands being the independent units."

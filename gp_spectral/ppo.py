@@ -178,9 +178,9 @@ def _mark_surplus(episodes, attempts):
 
 
 def rollout(
-    model: nn.Module,
-    tokenizer: Any,
-    task: Any,
+    model: nn.Module,  # a causal language model
+    tokenizer: Any,  # its tokenizer, padding on the left
+    task: Any,  # gives problems, prompts and verdicts
     problems: list,  # what to play
     config: PPOConfig = PPOConfig(),  # attempts, temperature, max_new_tokens, reward_scale
     batch_size: int | None = None,  # see `play`
@@ -301,7 +301,7 @@ def forward(
 # %% ../nbs/02_ppo.ipynb #551b560d
 def score(
     net: nn.Module,  # an `ActorCritic`, as accelerate wraps it or bare
-    batch: Rollout,
+    batch: Rollout,  # B episodes
     temperature: float = 1.0,  # that of sampling
     microbatch: int = 96,  # episodes per forward pass
 ):  # (log-probabilities, values), (B, T) each
@@ -360,7 +360,7 @@ def compute_gae(
     values: torch.Tensor,  # (B, T), of the state before each token
     mask: torch.Tensor,  # (B, T) bool: the tokens that the model chose
     gamma: float = 1.0,  # discount per action
-    lam: float = 0.95,
+    lam: float = 0.95,  # of GAE, between 0 and 1
     turns: torch.Tensor | None = None,  # (B, T) turn of each chosen token (-1 elsewhere), when level is 'turn'
     level: str = "token",  # what an action is: 'token' or 'turn'
     solved: torch.Tensor | None = None,  # (B,) bool, with 'turn': chain the episodes (the published code)
@@ -450,7 +450,7 @@ def ppo_loss(
     values: torch.Tensor,  # (B, T)
     returns: torch.Tensor,  # (B, T)
     turns: torch.Tensor,  # (B, T) turn of each chosen token, -1 elsewhere
-    config: PPOConfig,
+    config: PPOConfig,  # the settings of the loss
     entropy: torch.Tensor | None = None,  # (B, T)
     ref_logp: torch.Tensor | None = None,  # (B, T) of the reference policy
     n_actions: int | None = None,  # actions in the whole optimizer step; None: those here
@@ -578,7 +578,7 @@ class Learner:
 @patch
 def roll_out(
     self: Learner,
-    task: Any,
+    task: Any,  # gives problems, prompts and verdicts
     i: int,  # the round, from 0
     sampler: Callable,  # see `play`
 ):  # (`Rollout`, tokens per second)
@@ -656,7 +656,7 @@ class Experience:
 @patch
 def advantages(
     self: Learner,
-    batch: Rollout,
+    batch: Rollout,  # B episodes
     logp: torch.Tensor,  # (B, T)
     values: torch.Tensor,  # (B, T)
     ref_logp: torch.Tensor | None = None,  # (B, T)

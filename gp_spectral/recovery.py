@@ -454,10 +454,10 @@ def edit_matrix(
     factors=None,  # (target's, donor's) `Factors`, when already known
     norm=None,  # for a method that is sized by another: the size itself, in place of `like`
     options=None,  # of the method: name -> value
-    sigma=None,  # see `method_options`, for this one and the next three
-    alpha=None,
-    like=None,
-    seed=None,
+    sigma=None,  # whose singular values: 'target' or 'donor'; this and the next three are options, see `method_options`
+    alpha=None,  # of interpolate
+    like=None,  # of the controls of equal size
+    seed=None,  # of what draws random numbers
 ) -> Tensor:  # (m, n), dtype of the target
     "One matrix edited by a method of the registry."
     own = method_options(method, options, sigma=sigma, alpha=alpha, like=like, seed=seed)
@@ -1113,7 +1113,7 @@ def options_for(
 
 def progress_bar(
     job,  # `Repair`
-    unit="matrix",
+    unit="matrix",  # what the bar counts
 ) -> dict:  # keyword arguments for `tqdm`
     "How a progress bar of a repair looks."
     what = f"{job.method.name}: {job.target.label} ← {job.donor.label}"
@@ -1681,7 +1681,7 @@ def plot_recovery(
     x="edit_norm",  # 'edit_norm' or 'top'
     y="recovered",  # 'recovered' (drawn in %) or 'success'
     rule="OOD",  # rows of this rule, where the table has the column
-    ax=None,
+    ax=None,  # to draw on; None: a figure of its own
 ) -> plt.Axes:
     "What an edit gives back against its size, a line per method; values below −100 % are written."
     ax = ax or plt.subplots(figsize=(6.2, 3.8), layout="constrained")[1]
