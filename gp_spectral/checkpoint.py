@@ -1524,24 +1524,13 @@ def copy_to(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty: give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with atomic(folder, shared=True) as part:
+        part.mkdir()
         for name, f in self._files().items():
             shutil.copyfile(f, part / name)
         if self.base:
             self._merge_into(part)
-        part.chmod(0o777 & ~_umask())
-        os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
-
-
-def _umask():
-    old = os.umask(0)
-    os.umask(old)
-    return old
 
 # %% ../nbs/03a_checkpoint.ipynb #1588e15d
 @patch
