@@ -358,7 +358,15 @@ def read_preset(
             f"{root} holds no study: run `gp-spectral study` first, or give the folder that has report.html in it"
         )
     known = json.loads(file.read_text())
-    return Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+    if foreign := sorted(set(known) - set(_KINDS)):
+        raise ValueError(
+            f"{file} knows the setting {foreign[0]}, which a preset does not have: another version wrote it"
+        )
+    whole = lambda x: int(x) if float(x).is_integer() else x  # an older version wrote 10.0
+    several = {
+        k: tuple(map(whole, v) if _KINDS[k] == "whole numbers" else v) for k, v in known.items() if type(v) is list
+    }
+    return Preset(**known | several)
 
 # %% ../nbs/06_preset.ipynb #0570029e
 def settings_arguments(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from gp_spectral import report
-from gp_spectral.report import CLAIMS_HEAD, claims, claims_rows, fieller, success_rows, verdict
+from gp_spectral.report import CLAIMS_HEAD, claims, claims_rows, contrast, fieller, success_rows, verdict
 from gp_spectral.preset import Preset
 from gp_spectral.stages import edit_name, recovery_plan
 
@@ -19,6 +19,10 @@ def outcomes(seeds, hands, rate, rng):
     hard = np.random.default_rng(hands).normal(size=(1, hands))  # the same for all
     p = np.clip(rate + 0.01 * rng.normal(size=(seeds, 1)) + 0.2 * hard, 0, 1)
     return (rng.random((seeds, hands)) < p).ravel()
+
+
+def near(rng):
+    return rng.uniform(0.95, 1.05)
 
 
 def made_up(rates, edits, seeds=6, hands=600, seed=0):
@@ -45,8 +49,9 @@ def made_up(rates, edits, seeds=6, hands=600, seed=0):
     )
     rec = pd.concat(
         [
-            pd.DataFrame(at | dict(edit=e, rule="OOD", solved_first=outcomes(seeds, hands, r, rng)))
-            for e, r in edits.items()
+            pd.DataFrame(at | dict(edit=e, rule=rule, solved_first=outcomes(seeds, hands, r, rng)))
+            for e, rs in edits.items()
+            for rule, r in zip(("OOD", "ID"), rs if isinstance(rs, tuple) else (rs, 0.4))
         ]
     )
     curve = pd.DataFrame(
@@ -69,16 +74,20 @@ def made_up(rates, edits, seeds=6, hands=600, seed=0):
             for r in ("ID", "OOD")
         ]
     )
-    pairs = [("base", "end", 0.2, 0.004), ("end", "rl", 0.02, 0.001), ("end", "noise", 0.02, 0.02)]
+    pairs = [("base", "end", 0.2, 0.004), ("end", "rl", 0.02, 0.001), ("end", "noise", 0.01, 0.02)]
+    # noise puts 1/40 of its energy on the diagonal of a matrix of 20 × 40, and 4 · 4 / (20 · 40) into the head's block
+    energy = {"rl": (0.5 / 40, 0.1), "end": (0.8 / 40, 0.05), "noise": (1 / 40, 0.02)}
     sigma = pd.DataFrame(
         [
-            dict(seed=s, base=a, other=b, matrix=m, mean_abs_change=c * rng.uniform(0.95, 1.05))
+            dict(seed=s, base=a, other=b, matrix=m, dw_diagonal=x * near(rng), dw_head_head=y * near(rng))
             for s in range(seeds)
-            for a, b, _, c in pairs
+            for a, b, *_ in pairs
             for m in "uvwxyz"
+            for x, y in [energy[b]]
         ]
     )
-    shape = {m: rng.uniform(0.3, 3) for m in "uvwxyz"}
+    shape = dict(zip("uvwxyz", (0.3, 0.6, 1.0, 1.4, 2.0, 3.0)))
+    other_shape = dict(zip("uvwxyz", (1.4, 0.3, 3.0, 0.6, 2.0, 1.0)))
     angles = pd.DataFrame(
         [
             dict(
@@ -88,13 +97,16 @@ def made_up(rates, edits, seeds=6, hands=600, seed=0):
                 matrix=m,
                 side=side,
                 band=band,
-                random_mean=1.0,
+                k=4,
+                n={"U": 20, "V": 40}[side],
+                sigma_change=c * near(rng),
                 mean=t
-                * (rng.uniform(0.3, 3) if b == "noise" else shape[m] * rng.uniform(0.97, 1.03))
+                * (other_shape if b == "noise" else shape)[m]
+                * rng.uniform(0.97, 1.03)
                 * {"head": 1.5, "bulk": 1, "tail": 2}[band],
             )
             for s in range(seeds)
-            for a, b, t, _ in pairs
+            for a, b, t, c in pairs
             for m in "uvwxyz"
             for side in "UV"
             for band in ("head", "bulk", "tail")
@@ -103,14 +115,17 @@ def made_up(rates, edits, seeds=6, hands=600, seed=0):
     return dict(evaluations=ev, recovery_answers=rec, sft_curve=curve, losses=losses, sigma=sigma, angles=angles)
 
 
-PAPER = dict(base=0.3, max_ood=0.6, end=0.2, rl=0.55, sft_10=0.5, rl_10=0.3, sft_40=0.1, rl_40=0.05)
+PAPER = dict(base=0.3, max_ood=0.6, end=0.2, rl=0.55, sft_10=0.5, rl_10=0.5, sft_40=0.1, rl_40=0.1)
 EDITS = (
     {edit_name(**e): 0.2 for e in recovery_plan(Preset().tops, Preset().band)}
-    | dict(target=0.2, donor=0.6)
+    | dict(target=(0.2, 0.7), donor=(0.6, 0.4))
     | {
         "uv 20%": 0.55,
-        "anchored 20%": 0.57,
-        "interpolate_to_norm 20%": 0.4,
+        "anchored 20%": (0.57, 0.7),
+        "interpolate_to_norm 5%": (0.3, 0.65),
+        "interpolate_to_norm 10%": (0.35, 0.6),
+        "interpolate_to_norm 20%": (0.4, 0.55),
+        "interpolate_to_norm 40%": (0.5, 0.45),
         "reset first 25%": 0.56,
         "reset last 25%": 0.2,
         "sigma_only 100%": 0.21,
@@ -124,30 +139,48 @@ def verdicts(tables):
 
 def test_claims_of_a_world_as_the_paper_says():
     found = verdicts(made_up(PAPER, EDITS))
-    ours = ("held-out hands rises", "plain interpolation")  # made up to fall, and to give back half
+    ours = ("held-out hands rises", "interpolation as far as", "does as much")  # made up to fall, and to give back half
     for claim, text, said in found:
-        if claim == "C7":
-            continue
         wanted = "not reproduced" if any(part in text for part in ours) else "reproduced"
+        if claim == "C7" or "by that of noise of the same size" in text or "tail turns more" in text:
+            continue  # not made up
         assert said == wanted, (claim, text, said)
 
 
+CONTRARY = dict(base=0.6, max_ood=0.4, end=0.3, rl=0.2, sft_10=0.4, rl_10=0.6, sft_40=0.3, rl_40=0.6)
+
+
 def test_claims_of_a_world_that_contradicts():
-    found = {
-        t: v
-        for _, t, v in verdicts(
-            made_up(
-                dict(base=0.6, max_ood=0.4, end=0.4, rl=0.3, sft_10=0.4, rl_10=0.6, sft_40=0.3, rl_40=0.6),
-                EDITS | {"uv 20%": 0.1, "anchored 20%": 0.2, "sigma_only 100%": 0.58},
-            )
-        )
-    }
+    worse = {"uv 20%": 0.1, "anchored 20%": (0.2, 0.45), "sigma_only 100%": 0.58}
+    found = {t: v for _, t, v in verdicts(made_up(CONTRARY, EDITS | worse))}
     at = lambda part: next(v for t, v in found.items() if part in t)
-    assert at("rises first") == at("raises OOD success") == "not reproduced"
-    assert at("falls from its peak") == "undecided"
-    assert at("gives back most of the loss") == "undecided"  # there is no loss to give back
-    assert at("UV merge") == at("anchored merge, isospectral") == at("singular values alone") == "not reproduced"
-    assert at("too short (step 10) RL does not heal") == at("ends above RL from the too long") == "not reproduced"
+    assert at("rises to a peak") == at("RL raises OOD") == at("more than half of the OOD") == "not reproduced"
+    assert at("falls during SFT") == "reproduced" and at("does not exceed the SFT peak") == "untested"
+    assert at("keeps as much ID") == at("takes no ID success") == "not reproduced"
+    assert at("UV merge") == at("loss: anchored merge") == at("singular values alone") == "not reproduced"
+    assert at("too short (step 10) RL does not heal") == at("RL gains more OOD success from") == "not reproduced"
+
+
+def test_an_rl_that_does_nothing_passes_no_claim_on_rl():
+    "The first version of the claims gave it C2 (bounded by the peak) and C7 (slope above zero)."
+    still = PAPER | dict(rl=PAPER["end"], rl_10=PAPER["sft_10"], rl_40=PAPER["sft_40"])
+    tables = made_up(still, EDITS)
+    ev = tables["evaluations"].set_index(["checkpoint", "rule", "seed", "problem"]).solved_first
+    same = dict(rl="end", rl_10="sft_10", rl_40="sft_40")  # the very same answers
+    for rl, start in same.items():
+        at = tables["evaluations"].checkpoint == rl
+        keys = tables["evaluations"][at].assign(checkpoint=start)
+        asked = pd.MultiIndex.from_frame(keys[["checkpoint", "rule", "seed", "problem"]])
+        tables["evaluations"].loc[at, "solved_first"] = ev.loc[asked].to_numpy()
+    found = [x for x in verdicts(tables) if x[0] in ("C2", "C3", "C7") and "does not heal" not in x[1]]
+    assert found and "reproduced" not in {v for *_, v in found}
+
+
+def test_an_edit_on_the_line_is_not_above_it():
+    "An edit that is an interpolation, only called otherwise, gives back what interpolation gives back."
+    twin = EDITS | {"anchored 20%": EDITS["interpolate_to_norm 20%"]}
+    found = {t: v for _, t, v in verdicts(made_up(PAPER, twin, hands=1200))}
+    assert next(v for t, v in found.items() if "keeps as much ID" in t) == "undecided"
 
 
 def test_a_seed_that_lost_nothing_is_not_left_out():
@@ -161,21 +194,53 @@ def test_a_seed_that_lost_nothing_is_not_left_out():
 
 
 def test_one_seed_decides_nothing():
-    assert {v for *_, v in verdicts(made_up(PAPER, EDITS, seeds=1))} == {"undecided"}
+    assert {v for *_, v in verdicts(made_up(PAPER, EDITS, seeds=1))} <= {"undecided", "untested"}
+
+
+def test_primary_verdicts_answer_for_each_other():
+    table = claims(made_up(PAPER, EDITS), end=20, band=0.2)
+    assert table.groupby("claim").primary.sum().eq(1).all()
+    weak = table.assign(p=np.where(table.primary, 0.03, np.nan), verdict="reproduced", note="")
+    after = report._adjusted(weak.copy())
+    assert set(after.verdict[after.primary]) == {"undecided"} and set(after.verdict[~after.primary]) == {"reproduced"}
+    assert after.note[after.primary].str.contains("alone it would be reproduced").all()
+
+
+@pytest.mark.slow
+def test_intervals_cover_as_they_say_and_decide_as_they_should():
+    """Two thousand made-up studies with the variance components of the tiny study's gain (method of moments).
+
+    Six seeds, 400 problems on 137 hands. Coverage within 93 to 97 %; a null effect is decided in at most 7 %; an
+    effect of 4.7 points, said to be found in four of five studies, in 70 % at least.
+    """
+    rng, seeds, hands, problems = np.random.default_rng(1), 6, 137, 400
+    hand = rng.integers(0, hands, problems)
+    rows = pd.DataFrame(dict(seed=np.repeat(range(seeds), problems), hand=np.tile(hand, seeds)))
+    sd = np.sqrt([0.00044, 0.003, 0.040, 0.075])  # seed, hand, seed × hand, rest
+    inside = power = wrong = 0
+    for _ in range(2000):
+        between = sd[0] * rng.normal(size=(seeds, 1)) + sd[1] * rng.normal(size=hands)[hand]
+        both = sd[2] * rng.normal(size=(seeds, hands))[:, hand]
+        x = (between + both + sd[3] * rng.normal(size=(seeds, problems))).ravel()
+        _, low, high, _ = contrast(rows.assign(x=x), "x")
+        inside += low <= 0 <= high
+        wrong += verdict(low, high) == "reproduced"
+        power += verdict(low + 0.047, high + 0.047) == "reproduced"
+    assert 0.93 <= inside / 2000 <= 0.97 and wrong / 2000 <= 0.035 and power / 2000 >= 0.70
 
 
 def test_an_edit_that_was_not_priced_is_named():
     tables = made_up(PAPER, EDITS)
-    with pytest.raises(ValueError, match="no edit 'uv 30%': it has .*uv 20%"):
+    with pytest.raises(ValueError, match="no edit 'anchored 30%': it has .*anchored 20%"):
         claims(tables, end=20, band=0.3)
 
 
 def test_one_start_of_rl_tests_two_claims_not():
     few = {k: v for k, v in PAPER.items() if k in ("base", "max_ood", "end", "rl")}
     table = claims(made_up(few, EDITS), end=20, band=0.2)
-    rows = [row for row in claims_rows(table) if row[0] in ("C3", "C7")]
-    assert [row[0] for row in rows] == ["C3", "C7"]
-    assert all("not tested" in row[1] and row[2:4] == ("–", "–") and row[6] == "undecided" for row in rows)
+    rows = [row for row in claims_rows(table) if row[0][:2] in ("C3", "C7")]
+    assert [row[0] for row in rows] == ["C3 primary", "C7 primary"]
+    assert all("RL has one start" in row[1] and row[2:4] == ("–", "–") and row[6] == "untested" for row in rows)
 
 
 def test_a_verdict_wants_the_whole_interval():
@@ -183,6 +248,8 @@ def test_a_verdict_wants_the_whole_interval():
         assert verdict(0.51, 0.9, 0.5, side) == wanted
         assert verdict(0.1, 0.49, 0.5, side) != wanted
         assert verdict(0.5, 0.9, 0.5, side) == verdict(0.1, 0.5, 0.5, side) == "undecided"
+    within = [verdict(*ends, 0.03, "within") for ends in ((-0.02, 0.02), (-0.02, 0.04), (0.04, 0.05))]
+    assert within == ["reproduced", "undecided", "not reproduced"]
     assert fieller(np.array([0.1, -0.1]), np.eye(2), 5)[1:3] == (-np.inf, np.inf)  # what was lost is not a loss
 
 
@@ -220,8 +287,8 @@ def test_the_page_shows_every_row():
     assert cells == [cell for row in rows for cell in row]
     assert [html.unescape(x) for x in re.findall(r"<th>(.*?)</th>", page)] == CLAIMS_HEAD + report.SUCCESS_HEAD
     colours = re.findall(r'<td class="(\w+)">(.*?)</td>', page)
-    wanted = {"reproduced": "reproduced", "not": "not reproduced", "undecided": "undecided"}
-    assert {c: t for c, t in colours if c != "number"} == wanted
+    wanted = {"reproduced": "reproduced", "not": "not reproduced", "undecided": "undecided", "untested": "untested"}
+    assert {c: t for c, t in colours if c != "number"}.items() <= wanted.items()
     assert "ppo 1.7 h, sft 30 s; in all 1.7 h" in re.sub(r"\s+", " ", page)
 
 
