@@ -172,7 +172,11 @@ def _as_saved(model):
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    tensors = model.state_dict()
+    state = model.state_dict().items()
+    packed = next((n for n, t in state if "_packed_params" in n), None)
+    if packed:
+        raise CheckpointError(f"{packed} of {type(model).__name__} is quantised: give the model as it was before")
+    tensors = {n.replace("_orig_mod.", ""): t for n, t in state if isinstance(t, Tensor)}  # compiled parts
     if not isinstance(model, PreTrainedModel):
         kept = set(_shared_once(tensors))
         return {n: t for n, t in tensors.items() if n in kept}
@@ -187,7 +191,7 @@ _NOT_PLAIN = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
 def _held(model, name):
     "Tensor name -> `Held`, in a safetensors file's order; `CheckpointError` for what is no plain model."
     tensors = {n: t for n, t in _as_saved(model).items() if isinstance(t, Tensor)}
-    if any(map(_NOT_PLAIN.search, tensors)):
+    if any(map(_NOT_PLAIN.search, tensors)) or hasattr(model, "peft_config"):
         raise CheckpointError(
             f"{name} carries an adapter of peft: give what runs, model.merge_and_unload() of a copy of it, "
             "or save the adapter and give its folder"
@@ -1521,8 +1525,8 @@ def copy_to(
     "Copies weights, config, tokenizer, chat template and no more; an adapter is merged in, in its base's dtype."
     folder = Path(folder)
     as_checkpoint(self, on_disk=True)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty: give a new folder")
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an empty folder: give a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic(folder, shared=True) as part:
         part.mkdir()

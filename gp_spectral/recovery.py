@@ -272,6 +272,11 @@ class Method:
         return edit_matrix(self.name, target, donor, top, tail, **options)
 
     @property
+    def needs(self):
+        "Names of the options that have to be given."
+        return [name for name, option in self.options.items() if option.required]
+
+    @property
     def sized(self):
         "Whether top, tail and bulk make its edit larger or smaller, its own or the one that it is sized by."
         return self.ranks or "norm" in self.asks
@@ -290,6 +295,9 @@ def method(
         raise ValueError(f"a method is called by one word of letters, digits and _, not {name!r}")
 
     def register(function):
+        known = METHODS.get(name)
+        if name in ("target", "donor") or known and known.function.__module__ != function.__module__:
+            raise ValueError(f"there is a method {name!r} already: give yours another name")
         asks, options = _options_of(function)
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         known = dict(label=name.replace("_", " "), top=share_or_ranks(top), asks=asks, options=options, doc=doc)
@@ -301,11 +309,11 @@ def method(
 # %% ../nbs/05_recovery.ipynb #aebb23a4
 def load_methods():
     "Imports what installed packages name as entry points of `gp_spectral.methods`; gives `METHODS`."
-    for found in entry_points(group="gp_spectral.methods"):
+    for plugin in entry_points(group="gp_spectral.methods"):
         try:
-            found.load()
-        except Exception as e:
-            raise ValueError(f"the recovery methods of {found.value} ({found.name}) cannot be loaded: {e}") from e
+            plugin.load()
+        except Exception as e:  # whose fault it is; the other methods work
+            warnings.warn(f"the recovery methods of {plugin.value} ({plugin.name}) are left out: {e}", stacklevel=2)
     return METHODS
 
 
@@ -366,7 +374,7 @@ def method_options(
 def _check_like(like):
     "A method can lend its size when it restores ranks and needs no telling."
     known = METHODS if like in METHODS else load_methods()
-    able = [m.name for m in known.values() if m.ranks and not any(o.required for o in m.options.values())]
+    able = [m.name for m in known.values() if m.ranks and not m.needs and "norm" not in m.asks]
     if like not in able:
         raise ValueError(f"like = {like!r}: expected 'donor' (the whole way) or one of {', '.join(able)}")
 
@@ -405,14 +413,15 @@ def _ask(method, target, donor, ranks, own, factors=None, norm=None):
             return _nothing(target, factors)
         factors = factors or (factorize(target), factorize(donor))
         taken = _mask(len(factors[0].s), bands)
-    elif "norm" in method.asks and norm is None:
+    if "norm" in method.asks and norm is None:
         norm = _norm_like(own["like"], target, donor, ranks, factors)
     given = dict(bands=bands, dtype=target.dtype, norm=norm)
     if "donor_matrix" in method.asks:
         given["donor_matrix"] = donor.to("cpu", torch.float64)
     told = {k: v for k, v in own.items() if k != "like"} | {k: given[k] for k in method.asks}
     t, d = factors if method.ranks else (None, None)
-    return _sound(method, target, method.function(target.to("cpu", torch.float64), t, d, taken, **told))
+    W = target.to("cpu", torch.float64, copy=True)  # the method's own
+    return _sound(method, target, method.function(W, t, d, taken, **told))
 
 # %% ../nbs/05_recovery.ipynb #105e9a8f
 def _sound(method, target, made):
@@ -1056,7 +1065,7 @@ def new_folder(
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists already: give the name of a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    for old in out.parent.glob(f".{escape(out.name)}.*.partial"):
+    for old in out.parent.glob(f".{escape(out.name)}.*.partial*"):
         say = f"{old} is from a run that is still going on or was killed: if it was killed, delete the folder"
         warnings.warn(say, stacklevel=4)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -1097,7 +1106,8 @@ class Repair(NamedTuple):
 
     def restored(self, m):
         "How many directions of a matrix the donor gives."
-        return sum(chosen_ranks(min(m.shape), **self.ranks)) if self.method.sized else 0
+        sized = self.method.sized and self.options.get("like") != "donor"
+        return sum(chosen_ranks(min(m.shape), **self.ranks)) if sized else 0
 
 # %% ../nbs/05_recovery.ipynb #d05e21cb
 def options_for(
@@ -1208,7 +1218,8 @@ def _copy_layers(job, part):
     tensors = [m for m in map(describe, goal.names) if m.layer in chosen and (not kinds or m.kind in kinds)]
     if not tensors:
         raise CheckpointError(f"{target.path} has no tensor of the kinds {kinds} in layers {sorted(chosen)}")
-    return list(job.method.function(goal, target, job.donor, tqdm(tensors, **progress_bar(job, "tensor"))))
+    shown = tqdm(tensors, **progress_bar(job, "tensor"))
+    return list(job.method.function(goal, target, job.donor, shown, **job.options))
 
 # %% ../nbs/05_recovery.ipynb #6b9387a8
 def _edit_into(job, part, workers):

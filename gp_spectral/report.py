@@ -711,16 +711,17 @@ _BARS = {  # edit, without its size: label
 
 def _bars(edits):
     "{edit, without its size: label}: those above, and methods that were registered besides."
-    named = {key.split()[0] for key in _BARS}
-    own = [m for m in METHODS if m not in named and any(e.split()[0] == m for e in edits)]
-    return _BARS | {m: METHODS[m].label.replace(" ", "\n", 1) for m in own}
+    named = {key.split()[0] for key in _BARS} | {"target", "donor"}
+    whole = [e for e in edits if e.split()[0] not in named and edits[e].notna().all()]  # not of some seeds only
+    return _BARS | {e: METHODS[e.split()[0]].label.replace(" ", "\n", 1) for e in whole if e.split()[0] in METHODS}
 
 
 def _edit_of_bar(key, band):
     "(name of the edit, colour of its method)"
-    method = METHODS[key.split()[0]]
-    edit = key if method.whole_layers else edit_name(method.name, method.top if method.top == 1.0 else band)
-    return edit, method.color or "C7"
+    name, *size = key.split()
+    if size:  # an edit by its whole name
+        return key, METHODS[name].color or "C7"
+    return edit_name(name, 1.0 if METHODS[name].top == 1.0 else band), METHODS[name].color
 
 # %% ../nbs/06b_report.ipynb #fe52dcd6
 def _plot_bar(ax, x, rows, color):

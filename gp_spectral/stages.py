@@ -582,9 +582,14 @@ def recovery_plan(
     plan += [dict(method="sigma_only", top=METHODS["sigma_only"].top)]
     plan += [dict(method=m, top=0.0, tail=band) for m in ("uv", "anchored")]
     plan += [dict(method="reset", layers=layers) for layers in ("first 25%", "last 25%", "first 50%")]
-    load_methods()
-    tried = {edit["method"] for edit in plan} | {"interpolate"}  # whose size a study sets by another edit's
-    return plan + [dict(method=m, top=band) for m in METHODS if m not in tried]
+    tried = {edit["method"] for edit in plan}
+    return plan + [_own_edit(m, band) for name, m in load_methods().items() if name not in tried and not m.needs]
+
+
+def _own_edit(method, band):
+    "How a study tries a method that it does not know."
+    top = {} if not method.sized else dict(top=1.0 if method.top == 1.0 else band)
+    return dict(method=method.name) | top | (dict(layers="first 25%") if method.whole_layers else {})
 
 
 def edit_name(
@@ -607,7 +612,7 @@ def _edited(named, edit, seed, folder):
     kept = folder.with_name("factors")  # what is decomposed once
 
     def repair():
-        for left in (folder, *folder.parent.glob(f".{folder.name}.*.partial")):
+        for left in (folder, *folder.parent.glob(f".{folder.name}.*.partial*")):
             shutil.rmtree(left, ignore_errors=True)  # of a killed run
         told = dict(seed=seed, cache=kept, certify="quick", progress=False)
         recover(named["end"], named["max_ood"], folder, **edit, **told)

@@ -193,7 +193,8 @@ def sweep_matrix(
         factors = factors or (factorize(target), factorize(donor))
     anew = lambda step: edit_matrix(method, target, donor, **step.ranks, factors=factors, options=own)
     whose = own.get("sigma", "target")
-    grows = known.steps and steps[-1].taken.any() and not (known.steps.turn and whose == "donor")
+    grows = known.steps and set(own) <= {"sigma"} and steps[-1].taken.any()
+    grows = grows and not (known.steps.turn and whose == "donor")
     if grows and not torch.equal(target, donor):
         yield from _growing(known, target, steps, factors, whose, anew)
     else:
@@ -730,6 +731,9 @@ def _told(args):
     "What the arguments say in common, as keyword arguments."
     cache = {"none": None, "auto": True}.get(args.cache, args.cache)
     options = dict(args.option or [])
+    twice = next((n for n in options if [o[0] for o in args.option].count(n) > 1 or getattr(args, n, None)), None)
+    if twice:
+        raise ValueError(f"the option {twice} is given twice: once is enough")
     return dict(layers=args.layers, kinds=args.kinds, sigma=args.sigma, cache=cache, options=options)
 
 
@@ -780,9 +784,9 @@ def _written(folder):
 def _check_unused(args):
     "A `ValueError` for an argument that the method does not look at."
     known = find_method(args.method)
-    ranks = () if known.sized else ("top",)
+    ranks = () if known.sized else ("top", "tail", "bulk")
     unused = [n for n in ("alpha", "seed", "like") if n not in known.options] + [*ranks]
-    given = next((n for n in unused if getattr(args, n) is not None), None)
+    given = next((n for n in unused if getattr(args, n, None) not in (None, 0.0)), None)
     if given:
         raise ValueError(f"--{given} does nothing with --method {args.method}: leave it out")
 

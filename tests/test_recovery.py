@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import made
 from made import changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import load_file, save_file
 
-from gp_spectral import recovery
+from gp_spectral import cli, recovery
 from gp_spectral.angles import principal_angles
 from gp_spectral.recovery import (
     METHODS,
@@ -662,7 +663,7 @@ def test_embeddings_of_unequal_size_are_told_before_the_work(tmp_path):
 
 def test_command_line_says_what_it_did(models, tmp_path, capsys):
     target, donor = map(str, models)
-    run = lambda *a: sweeping.main(["recover", *a, "--cache", "none"])
+    run = lambda *a: cli.main(["recover", *a, "--cache", "none"])
     assert run(target, "--donor", donor, "--out", str(tmp_path / "l"), "--as-lora", "bfloat16", "--top", "0.1") == 0
     text, (record, rows) = capsys.readouterr().out, recovery_record(tmp_path / "l")
     assert (
@@ -927,7 +928,7 @@ def child(tmp_path, code, ready, timeout=60):
 def test_killed_recovery_is_no_result(folders, tmp_path):
     code = f"""
 import time, torch; torch.set_num_threads(1)
-from gp_spectral import recovery
+from gp_spectral import cli, recovery
 real, calls = recovery.certificate, []
 def slow(*args, **options):
     calls.append(1)
@@ -1103,9 +1104,7 @@ def test_a_method_of_ones_own_as_an_adapter(models, tmp_path, soft, name):
 @pytest.mark.parametrize("name", ["soft_thin", "soft_dense"])
 def test_a_method_of_ones_own_on_the_command_line(folders, tmp_path, capsys, soft, name):
     target, donor = map(str, folders)
-    run = lambda command, *a: sweeping.main(
-        [command, target, "--donor", donor, "--cache", "none", "--method", name, *a]
-    )
+    run = lambda command, *a: cli.main([command, target, "--donor", donor, "--cache", "none", "--method", name, *a])
     out = str(tmp_path / "o")
     assert run("recover", "--out", out, "--option", "strength=0.1", "--top", "20%") == 0
     record = recovery_record(out)[0]
@@ -1129,7 +1128,7 @@ def test_a_method_of_ones_own_on_the_command_line(folders, tmp_path, capsys, sof
 @pytest.mark.parametrize("command", ["recover", "sweep", "search"])
 def test_the_help_lists_methods_and_their_options(capsys, soft, command):
     with pytest.raises(SystemExit) as ended:
-        sweeping.main([command, "--help"])
+        cli.main([command, "--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     for line in (
@@ -1955,8 +1954,8 @@ def test_a_sweep_keeps_what_it_has_when_one_score_fails(folders, tmp_path, capsy
         "--score",
         f"{sys.executable} {tmp_path / 'score.py'} {{folder}}",
     ]
-    with pytest.warns(UserWarning, match="no score for k = 0.3: .*no memory"):
-        assert sweeping.main(command) == 1
+    assert cli.main(command) == 1
+    assert re.search("note: no score for k = 0.3: .*no memory", capsys.readouterr().err)
     assert (
         pd.read_csv(tmp_path / "out/sweep.csv").score.isna().tolist() == [False, True]
         and (tmp_path / "out/head-0.3/model.safetensors").exists()
@@ -2046,3 +2045,74 @@ def test_the_number_of_workers_changes_no_bit(checkpoints, tmp_path, method):
     one, four = (recovery_record(w) for w in written)
     pd.testing.assert_frame_equal(one[1], four[1], check_exact=True)  # the rows in the order of the matrices
     assert one[0]["edit_norm_all"] == four[0]["edit_norm_all"]
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    "Methods may be registered; afterwards the registry is what it was."
+    monkeypatch.setattr(recovery, "METHODS", before := recovery.METHODS)
+    kept = dict(before)
+    yield recovery.method
+    before.clear()
+    before.update(kept)
+
+
+def test_own_methods_are_given_what_they_ask_and_take_nothing(registry):
+    A, B = torch.randn(2, 8, 6, dtype=torch.float64)
+    kept = A.clone()
+
+    @registry("spoils")
+    def _spoils(W, t, d, taken):
+        W += 1
+        return W
+
+    @registry("normed")
+    def _normed(W, t, d, taken, *, norm):
+        return W + norm / W.numel() ** 0.5
+
+    assert torch.equal(edit_matrix("spoils", A, B), kept + 1) and torch.equal(A, kept)
+    assert edit_matrix("interpolate", A, B, alpha=0.0).data_ptr() != A.data_ptr()
+    size = (edit_matrix("anchored", A, B) - A).norm()
+    assert abs((edit_matrix("normed", A, B) - A).norm() - size) < 1e-9 * size
+    with pytest.raises(ValueError, match="like = 'normed'"):
+        edit_matrix("random", A, B, like="normed")  # it would ask itself
+    for name in ("uv", "target"):
+        with pytest.raises(ValueError, match=f"a method '{name}' already"):
+            registry(name)(lambda W, t, d, taken: W)
+
+
+def test_a_sweep_hears_the_options_of_a_method_that_grows(registry):
+    from gp_spectral.sweep import sweep_matrix
+
+    @registry("grow", steps=recovery.METHODS["uv"].steps)
+    def _grow(W, t, d, taken, *, strength=1.0):
+        return W + strength * (d.U[:, taken] * t.s[taken]) @ d.Vh[taken]
+
+    A, B = torch.randn(2, 8, 6, dtype=torch.float64)
+    [(_, swept)] = sweep_matrix(A, B, [0.5], "grow", options=dict(strength=0.1))
+    assert torch.allclose(swept, edit_matrix("grow", A, B, 0.5, options=dict(strength=0.1)))
+
+
+def test_a_study_tries_methods_of_ones_own_as_they_can_be_tried(registry):
+    from gp_spectral.stages import recovery_plan
+
+    registry("full", top=1.0)(lambda W, t, d, taken: W)
+    registry("plain")(lambda W, t, d, taken: W)
+
+    @registry("asks")
+    def _asks(W, t, d, taken, *, strength: float):
+        return W
+
+    assert recovery_plan((0.2,), 0.3)[-2:] == [dict(method="full", top=1.0), dict(method="plain", top=0.3)]
+
+
+def test_one_broken_package_takes_nothing_else_along(monkeypatch):
+    class Broken:
+        value, name = "broken.methods", "broken"
+
+        def load(self):
+            raise ImportError("no module named nowhere")
+
+    monkeypatch.setattr(recovery, "entry_points", lambda group: [Broken()])
+    with pytest.warns(UserWarning, match="broken.methods .broken. are left out"):
+        assert "anchored" in recovery.load_methods()
