@@ -969,3 +969,7 @@ def print_comparison(
             kinds = band_summary(t, by="kind").drop(columns=["base", "other"])
             print(kinds.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
             print(*_said_of_layers(t), *_said_of_furthest(t, most), *_said_of_intruders(changes), sep="\n")
+
+# %% ../nbs/04_angles.ipynb #6bba0a0c
+if __name__ == "__main__" and "get_ipython" not in globals():
+    raise SystemExit("the commands moved: python -m gp_spectral compare …")

@@ -148,7 +148,8 @@ class Book:
         file = self.out / self.state_file
         self.state = self.read(file) if file.exists() else {}
         self.finished = is_finished(self.out, settings, self.state.get("settings"), made)
-        self.log, self.curve = self.state.pop("log", []), self.state.pop("curve", [])
+        older = self.state.pop("rows", [])  # what the curve was called before 27 November 2026
+        self.log, self.curve = self.state.pop("log", []), self.state.pop("curve", older)
 
     def read(self, file):
         return json.loads(file.read_text())

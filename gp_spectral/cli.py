@@ -36,7 +36,10 @@ _TRAINING = {
         goes_on=True,
     ),
     "sft": Command(
-        "study", "supervised fine-tuning on the ID rule", ("sft tiny out/sft", "sft model/ out/ --preset qwen2.5-7b")
+        "study",
+        "supervised fine-tuning on the ID rule",
+        ("sft tiny out/sft", "sft model/ out/ --preset qwen2.5-7b"),
+        goes_on=True,
     ),
     "ppo": Command(
         "study",

@@ -11,6 +11,7 @@ __all__ = ['option', 'Config', 'describe', 'check_counts']
 import math
 from dataclasses import field, fields
 from typing import Any, get_args, get_origin
+from fastcore.basics import patch_to
 
 # %% ../nbs/00b_config.ipynb #1567a104
 def option(
@@ -80,8 +81,8 @@ class Config:
     def __post_init__(self):
         for setting in fields(self):
             value, (kind, optional, several) = getattr(self, setting.name), _kind(setting)
-            if several and isinstance(value, (list, tuple, range)):
-                value = tuple(value)
+            if several and isinstance(value, (list, tuple, range, set)):
+                value = tuple(sorted(value) if isinstance(value, set) else value)
                 object.__setattr__(self, setting.name, value)  # of a frozen class too
                 bad = [x for x in value if not _good(x, setting, kind)]
             else:
@@ -98,6 +99,17 @@ class Config:
         "Raises the `ValueError` of a setting that is wrong."
         value = getattr(self, name) if value is None else value
         raise ValueError(f"{type(self).__name__}.{name} is {value!r}: expected {expected}")
+
+# %% ../nbs/00b_config.ipynb #378ed4a2
+@patch_to(Config, cls_method=True)
+def of(
+    cls,
+    config: Any = None,  # settings of this class; None: the defaults
+):
+    "The settings that are meant; a `TypeError` for those of another class."
+    if config is not None and not isinstance(config, cls):
+        raise TypeError(f"config is a {type(config).__name__}: expected a {cls.__name__}")
+    return cls() if config is None else config
 
 # %% ../nbs/00b_config.ipynb #faec8608
 _KINDS = {int: "whole number", float: "number", bool: "yes or no", str: "text"}

@@ -452,7 +452,7 @@ def train_grpo(
     tokenizer: Any = None,  # of a model that comes alone
 ) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
     "GRPO or RLOO on one rule; goes on where it was when `out` holds an unfinished run with the same settings."
-    config = config or GRPOConfig()
+    config = GRPOConfig.of(config)
     _check(config, method, eval_every, n_eval)
     run = asdict(config) | dict(method=method, precision=resolve_precision(config.precision))
     run |= dict(model=model_name(model), task=task_name(task), eval_tasks=task_names(eval_tasks))

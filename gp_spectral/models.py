@@ -82,10 +82,13 @@ def _causal_class(path):
 
 
 def _load_tokenizer(path):
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    return _fit_for_chat(AutoTokenizer.from_pretrained(path, padding_side="left"), f"the tokenizer in {path}")
+
+
+def _fit_for_chat(tokenizer, name):
+    "A tokenizer with a chat template and a padding token, or a `ValueError`."
     if tokenizer.chat_template is None:
-        what = "use an instruction-tuned checkpoint, or set one"
-        raise ValueError(f"the tokenizer in {path} has no chat template: {what}")
+        raise ValueError(f"{name} has no chat template: use an instruction-tuned checkpoint, or set one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -182,10 +185,14 @@ def open_model(
         raise TypeError(f"{type(model).__name__} is no model: {expected}")
     if not callable(getattr(tokenizer, "decode", None)):
         raise TypeError(f"{type(tokenizer).__name__} is no tokenizer for {type(model).__name__}: {expected}")
+    if hasattr(tokenizer, "chat_template"):
+        tokenizer = _fit_for_chat(copy.deepcopy(tokenizer), f"the tokenizer of {type(model).__name__}")
     if not to_train:
         return model, tokenizer
     model = copy.deepcopy(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return (model if dtype == "auto" else model.to(getattr(torch, str(dtype).removeprefix("torch.")))).eval(), tokenizer
+    for p in model.parameters() if dtype != "auto" else ():  # not buffers: rotary frequencies stay exact
+        p.data = p.data.to(getattr(torch, str(dtype).removeprefix("torch.")))
+    return model.eval(), tokenizer
 
 # %% ../nbs/00c_models.ipynb #82d1e901
 def model_name(
@@ -198,7 +205,7 @@ def model_name(
     if isinstance(model, torch.nn.Module):
         for name, value in sorted(model.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 # %% ../nbs/00c_models.ipynb #447ab6d7

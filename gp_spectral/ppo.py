@@ -953,7 +953,7 @@ def train_ppo(
     tokenizer: Any = None,  # of a model that comes alone
 ) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
     "PPO on one rule; goes on where it was when `out` holds an unfinished run with the same settings."
-    config = config or PPOConfig()
+    config = PPOConfig.of(config)
     _check_run(config, eval_every, n_eval, keep)
     accelerator, more = _accelerator(config, trackers, out), dict(eval_every=eval_every, n_eval=n_eval)
     settings = _settings(config, model, task, eval_tasks, accelerator, **more, keep=sorted(set(keep)))

@@ -247,8 +247,14 @@ def _sections(files, name):
     "The sections of our own file, or of those that are given, later ones over earlier ones."
     known = {}
     for file in [_shipped(), "settings.ini"] if files is None else files:
-        sections = _ini(file)
-        if files is None and known and sections and _is_foreign(sections, {*known, name}):
+        ours = files is not None or not known  # the second is whatever lies in the working directory
+        try:
+            sections = _ini(file)
+        except ValueError:
+            if ours or any(key in Path(file).read_text(errors="replace") for key in _KINDS if "_" in key):
+                raise
+            sections = {"DEFAULT": {}}
+        if not ours and sections and _is_foreign(sections, {*known, name}):
             warnings.warn(f"{Path(file).resolve()} has no setting of gp-spectral in it, and is not read", stacklevel=3)
             continue
         for section, texts in sections.items():

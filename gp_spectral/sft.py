@@ -278,7 +278,7 @@ def train_sft(
     **settings,  # of `SFTConfig`, by name; they go before those of `config`
 ) -> pd.DataFrame:  # step, loss, rule, set ('validation' or 'seen'), rate, low, high, …, format_error, wrong_rule
     "SFT on one rule, measured on all; goes on where it was when `out` holds an unfinished run with these settings."
-    config, eval_tasks = _exact(config or SFTConfig(), settings), eval_tasks or {"ID": task}
+    config, eval_tasks = _exact(SFTConfig.of(config), settings), eval_tasks or {"ID": task}
     micro, accumulate = _passes(config)
     run = asdict(config) | dict(model=model_name(model), task=task_name(task), eval_tasks=task_names(eval_tasks))
     with TrainerBook.open(out, run, made="step-*") as book:

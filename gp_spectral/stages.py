@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from .angles import compare_all
 from .book import claimed, write_table
 from .checkpoint import Checkpoint
+from .folders import write_json
 from .grpo import check_launch as check_grpo
 from .grpo import train_grpo
 from .models import inference, load_model, resolve, resolve_precision, world
@@ -77,14 +78,15 @@ def _begin(part, asked):
     if part.exists() and (not note.exists() or json.loads(note.read_text()) != asked):
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asked))
+    if not note.exists():
+        write_json(asked, note)
 
 
 def _finish(part, folder, asked, seconds):
     record = asked | dict(versions=versions(), seconds=round(seconds, 1))
-    (part / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    (part / "asked.json").unlink()
+    write_json(record, part / "record.json")
     part.rename(folder)
+    (folder / "asked.json").unlink(missing_ok=True)
 
 # %% ../nbs/06a_stages.ipynb #c0af99e3
 def stage(

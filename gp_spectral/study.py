@@ -345,3 +345,7 @@ def run_evaluate(
     table = pd.concat(answers)
     print_table(success_table(table))
     write_rows(table, args.table)
+
+# %% ../nbs/06c_study.ipynb #f3fd7ece
+if __name__ == "__main__" and "get_ipython" not in globals():
+    raise SystemExit("the commands moved: python -m gp_spectral study …")

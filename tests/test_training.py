@@ -343,3 +343,34 @@ def test_both_wings_understand_the_same_words(tmp_path, monkeypatch):
             wing("org/nothing")
         with pytest.raises(TypeError, match="int is not the name of a checkpoint"):
             wing(3)
+
+
+def test_a_state_of_an_older_version_keeps_its_curve(tmp_path):
+    "It called the rows of the curve `rows`."
+    from gp_spectral.book import TrainerBook
+
+    (tmp_path / "resume.json").write_text(json.dumps(dict(settings={}, checkpoint=None, rows=[dict(step=0)], log=[])))
+    assert TrainerBook(tmp_path, {}).curve == [dict(step=0)]
+
+
+def test_a_model_in_memory_is_cast_as_one_from_a_folder_is(tmp_path):
+    "Rotary frequencies are no weights, and stay exact; a tokenizer without padding is given one, in a copy."
+    from gp_spectral.models import load_model, open_model
+
+    wanted, tokenizer = load_model("tiny", dtype="bfloat16")
+    tokenizer.pad_token = None
+    model, own = open_model((load_model("tiny")[0], tokenizer), dtype="bfloat16", to_train=True)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(model(ids).logits, wanted(ids).logits)
+    assert own.pad_token == own.eos_token and tokenizer.pad_token is None
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        open_model((model, tokenizer))
+
+
+def test_settings_of_another_training_are_no_settings(tmp_path):
+    from gp_spectral.ppo import PPOConfig
+
+    with pytest.raises(TypeError, match="config is a PPOConfig: expected a SFTConfig"):
+        train_sft("tiny", tmp_path / "o", GeneralPoints(), config=PPOConfig())
+    assert not (tmp_path / "o").exists()
