@@ -1526,7 +1526,7 @@ def copy_to(
     folder = Path(folder)
     as_checkpoint(self, on_disk=True)
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not an empty folder: give a new one")
+        raise CheckpointError(f"{folder} exists and is not empty, or is no plain folder: give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic(folder, shared=True) as part:
         part.mkdir()
