@@ -121,7 +121,7 @@ EDITS = (
     | dict(target=(0.2, 0.7), donor=(0.6, 0.4))
     | {
         "uv 20%": 0.55,
-        "anchored 20%": (0.57, 0.7),
+        "anchored 20%": (0.57, 0.75),
         "interpolate_to_norm 5%": (0.3, 0.65),
         "interpolate_to_norm 10%": (0.35, 0.6),
         "interpolate_to_norm 20%": (0.4, 0.55),
