@@ -297,7 +297,9 @@ def method(
     def register(function):
         known = METHODS.get(name)
         if name in ("target", "donor") or known and known.function.__module__ != function.__module__:
-            raise ValueError(f"there is a method {name!r} already: give yours another name, or take that out of METHODS first")
+            raise ValueError(
+                f"there is a method {name!r} already: give yours another name, or take that out of METHODS first"
+            )
         asks, options = _options_of(function)
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         known = dict(label=name.replace("_", " "), top=share_or_ranks(top), asks=asks, options=options, doc=doc)
