@@ -8,10 +8,14 @@ Docs: https://gp-spectral.github.io/gp_spectral/explore.html.md"""
 __all__ = ['matrices', 'pair_angles', 'draw', 'explore']
 
 # %% ../nbs/07_explore.ipynb #b778c74f
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import display
+
+try:
+    import ipywidgets as widgets
+    from IPython.display import display
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError("the explorer needs ipywidgets: pip install 'gp_spectral[widgets]'") from e
 
 from .angles import angle_profile, plot_map, plot_profile
 from .checkpoint import Checkpoint, describe
