@@ -186,7 +186,8 @@ def open_model(
     if not callable(getattr(tokenizer, "decode", None)):
         raise TypeError(f"{type(tokenizer).__name__} is no tokenizer for {type(model).__name__}: {expected}")
     if hasattr(tokenizer, "chat_template"):
-        tokenizer = _fit_for_chat(copy.deepcopy(tokenizer), f"the tokenizer of {type(model).__name__}")
+        own = tokenizer if tokenizer.pad_token is not None else copy.deepcopy(tokenizer)
+        tokenizer = _fit_for_chat(own, f"the tokenizer of {type(model).__name__}")
     if not to_train:
         return model, tokenizer
     model = copy.deepcopy(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -33,7 +33,11 @@ def script():
     sys.path.remove(str(SCRIPT.parent))
 
 
-@pytest.mark.parametrize("part", ["right", "spectral", "smollm2", "training", "large"])
+# the trainings take minutes: with --slow, and so in the weekly job
+LONG = [pytest.param(part, marks=pytest.mark.slow) for part in ("smollm2", "training", "large")]
+
+
+@pytest.mark.parametrize("part", ["right", "spectral", *LONG])
 def test_rehearsal(tmp_path, part):
     done = check("--out", tmp_path, "--rehearse", "--only", part, "--minutes", 8)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
