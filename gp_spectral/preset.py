@@ -243,23 +243,36 @@ def _shipped():
     return Path(__file__).parent / "settings.ini" if "__file__" in globals() else Path("../gp_spectral/settings.ini")
 
 
-def _sections(files, name):
-    "The sections of our own file, or of those that are given, later ones over earlier ones."
+def _found_here(presets):
+    "The sections of whatever settings.ini lies in the working directory, if it has to do with us."
+    file = Path("settings.ini")
+    try:
+        sections = _ini(file)
+        foreign = sections and _is_foreign(sections, presets)
+    except ValueError:
+        text = file.read_text(errors="replace")
+        if any(key in text for key in _KINDS if "_" in key):
+            raise
+        foreign = True
+    if foreign:
+        warnings.warn(f"{file.resolve()} has no setting of gp-spectral in it, and is not read", stacklevel=4)
+    return {} if foreign else sections
+
+# %% ../nbs/06_preset.ipynb #35a55560
+def _merged(parts):
+    "{section: {key: (text, where)}} of several files, later ones over earlier ones."
     known = {}
-    for file in [_shipped(), "settings.ini"] if files is None else files:
-        ours = files is not None or not known  # the second is whatever lies in the working directory
-        try:
-            sections = _ini(file)
-        except ValueError:
-            if ours or any(key in Path(file).read_text(errors="replace") for key in _KINDS if "_" in key):
-                raise
-            sections = {"DEFAULT": {}}
-        if not ours and sections and _is_foreign(sections, {*known, name}):
-            warnings.warn(f"{Path(file).resolve()} has no setting of gp-spectral in it, and is not read", stacklevel=3)
-            continue
-        for section, texts in sections.items():
-            known.setdefault(section, {}).update(texts)
+    for section, texts in (item for part in parts for item in part.items()):
+        known.setdefault(section, {}).update(texts)
     return known
+
+
+def _sections(files, name):
+    "The sections of our own file and the working directory's, or of those that are given."
+    if files is not None:
+        return _merged(map(_ini, files))
+    shipped = _ini(_shipped())
+    return _merged([shipped, _found_here({*shipped, name})])
 
 # %% ../nbs/06_preset.ipynb #d89f2e07
 def _line(sections, name):

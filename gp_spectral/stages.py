@@ -585,13 +585,9 @@ def recovery_plan(
     plan += [dict(method=m, top=0.0, tail=band) for m in ("uv", "anchored")]
     plan += [dict(method="reset", layers=layers) for layers in ("first 25%", "last 25%", "first 50%")]
     tried = {edit["method"] for edit in plan}
-    return plan + [_own_edit(m, band) for name, m in load_methods().items() if name not in tried and not m.needs]
-
-
-def _own_edit(method, band):
-    "How a study tries a method that it does not know."
-    top = {} if not method.sized else dict(top=1.0 if method.top == 1.0 else band)
-    return dict(method=method.name) | top | (dict(layers="first 25%") if method.whole_layers else {})
+    own = [m for m in load_methods().values() if m.name not in tried and not (m.needs or m.whole_layers)]
+    sizes = [dict(top=1.0 if m.top == 1.0 else band) if m.sized else {} for m in own]
+    return plan + [dict(method=m.name) | size for m, size in zip(own, sizes)]
 
 
 def edit_name(

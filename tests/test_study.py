@@ -223,7 +223,9 @@ def test_each_stage_by_hand(tmp_path, capsys):
 NBDEV = "[DEFAULT]\nrepo = mine\nlib_name = %(repo)s\nversion = 0.0.1\nblack_formatting = False\n"
 
 
-@pytest.mark.parametrize("text", [NBDEV, "[server]\nport = 3\n"], ids=["nbdev 2", "another program"])
+@pytest.mark.parametrize(
+    "text", [NBDEV, "[server]\nport = 3\n", "hello = 1\n"], ids=["nbdev 2", "another program", "no ini file"]
+)
 def test_a_foreign_settings_file_is_in_nobodys_way(tmp_path, monkeypatch, text):
     "One note says that it is not read. Where one of its sections is asked for, it is ours, and judged."
     shipped = load_preset("tiny")
@@ -235,6 +237,13 @@ def test_a_foreign_settings_file_is_in_nobodys_way(tmp_path, monkeypatch, text):
     if "server" in text:
         with pytest.raises(ValueError, match="port"):
             load_preset("server")
+
+
+def test_a_settings_file_of_ours_that_cannot_be_read_is_no_foreign_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("sft_steps = 3\n")  # without its section
+    with pytest.raises(ValueError, match="settings.ini cannot be read: .*no section headers"):
+        load_preset("tiny")
 
 
 def test_the_note_is_told_on_stderr(tmp_path):
