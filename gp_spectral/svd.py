@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from .checkpoint import as_checkpoint, preflight, tell_apart
+from .folders import print_table, write_rows
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
@@ -700,13 +701,11 @@ def run_spectrum(
     table = pd.concat([spectrum(c, args.kinds, args.layers) for c in cs])
     each = table.groupby(["checkpoint", "matrix"], sort=False).sigma
     sizes = each.agg(ranks="size", largest="max", median="median", smallest="min").reset_index()
-    print(sizes.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    print_table(sizes)
     if args.plot:
         name = table.matrix.iloc[0]
         ax = plot_spectrum(table, name, shape=cs[0].find(name).shape)
         ax.figure.savefig(args.plot, dpi=150, bbox_inches="tight")
         plt.close(ax.figure)
         print(f"picture of {name} written to {args.plot}")
-    if args.table:
-        table.to_csv(args.table, index=False) if args.table.endswith(".csv") else table.to_parquet(args.table)
-        print(f"rows written to {args.table}")
+    write_rows(table, args.table)

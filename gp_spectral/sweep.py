@@ -10,6 +10,7 @@ __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'Searc
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .angles import frobenius_norm
+from .folders import print_table
 from .checkpoint import Checkpoint, CheckpointError, with_base
 from .svd import factorize, singular_values
 from .recovery import ANCHORED, METHODS, Ranks, check_pair, chosen_ranks, edit_matrix, find_method
@@ -824,7 +825,7 @@ def run_sweep(
     "The command `sweep`."
     own = dict(method=args.method, score=args.score, out=args.out, band=args.band, certify=args.certify)
     table = sweep(*_pair(args), args.ks, **own, **_told(args))
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    print_table(table)
     if args.table:
         table.to_parquet(args.table) if args.table.endswith(".parquet") else table.to_csv(args.table, index=False)
         print(f"written to {args.table}")
