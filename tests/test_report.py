@@ -161,9 +161,10 @@ def test_claims_of_a_world_that_contradicts():
     assert at("too short (step 10) RL does not heal") == at("RL gains more OOD success from") == "not reproduced"
 
 
-def test_an_rl_that_does_nothing_passes_no_claim_on_rl():
+@pytest.mark.parametrize("base", [0.3, 0.1], ids=["a good base", "a base below the end"])
+def test_an_rl_that_does_nothing_passes_no_claim_on_rl(base):
     "The first version of the claims gave it C2 (bounded by the peak) and C7 (slope above zero)."
-    still = PAPER | dict(rl=PAPER["end"], rl_10=PAPER["sft_10"], rl_40=PAPER["sft_40"])
+    still = PAPER | dict(base=base, rl=PAPER["end"], rl_10=PAPER["sft_10"], rl_40=PAPER["sft_40"])
     tables = made_up(still, EDITS)
     ev = tables["evaluations"].set_index(["checkpoint", "rule", "seed", "problem"]).solved_first
     same = dict(rl="end", rl_10="sft_10", rl_40="sft_40")  # the very same answers
