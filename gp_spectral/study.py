@@ -200,7 +200,7 @@ def _report(study, command):
 def _claims_text(root):
     "The claims of a finished study, a line each."
     rows = claims_rows(pd.read_parquet(root / "tables" / "claims.parquet"))
-    return "\n".join(f"{c:3} {v:15} {e:>9}  [{span}]  {needs:>8}  {t}" for c, t, e, span, needs, n, v in rows)
+    return "\n".join(f"{c:10} {v:15} {e:>9}  [{span}]  {needs:>8}  {t}" for c, t, e, span, needs, n, v in rows)
 
 # %% ../nbs/06c_study.ipynb #ea47eb94
 def study(
