@@ -83,11 +83,14 @@ class Game(_Keyed):
     "The game, and the model that plays it."
 
     model: str = option("tiny", "what all begins with: tiny, smollm2, a folder, or org/name on the hub")
+    bases: tuple[str, ...] = option((), "instead of model: several, one after the other, each with so many seeds")
     id_rule: str = option("faces_as_ten", "the rule that is trained")
     ood_rule: str = option("faces_as_rank", "the other rule")
     cards: int = option(4, "in a hand", least=1)
     target: str = option("24", "a number, or a range such as 10-30: each problem has one that its hand can reach")
     style: str = option("compact", "of prompt and answer: compact or paper")
+    sft_splits: tuple[str, ...] = option(("train",), "splits whose hands SFT is dealt: train, pretrain")
+    rl_splits: tuple[str, ...] = option(("train",), "splits whose hands RL is dealt: train, pretrain")
     max_new_tokens: int = option(0, "the longest answer; 0: the style's own limit", least=0)
 
     def tasks(self) -> dict:  # {'ID': task, 'OOD': task}
@@ -106,7 +109,9 @@ class Game(_Keyed):
 class _Measured(_Keyed):
     "How much is asked, and what is edited in the recovery."
 
-    test_problems: int = option(400, "of the split `test`, per rule and checkpoint", least=1)
+    test_problems: int = option(400, "of the split `test`, per rule and checkpoint; its hands in turn", least=1)
+    forced_problems: int = option(200, "of these, those that are also asked with the numbers read out", least=1)
+    sampled_problems: int = option(50, "of these, those that are also asked 8 times at temperature 1", least=1)
     curve_problems: int = option(200, "of the split `validation`, per rule and point of a curve", least=1)
     test_attempts: int = option(5, "attempts at a test problem where there are several", least=1)
     retry_problems: int = option(100, "test problems that are also played with several attempts", least=1)
@@ -126,7 +131,11 @@ class Preset(_Measured, _Trainings, Game):
     )
     teach_examples: int = option(4000, "different examples of that", least=1)
     teach_lr: float = option(2e-4, "its learning rate", above=0)
+    sft_rules: str = option("one", "many: SFT under other readings of J, Q, K in each problem", choices=("one", "many"))
     rl: str = option("ppo", "grpo and rloo take what they know of the keys of ppo", choices=("ppo", "grpo", "rloo"))
+    twins: tuple[str, ...] = option(
+        ("constant", "worked", "rft"), "what stands beside RL from SFT_End", choices=("constant", "worked", "rft")
+    )
     rl_hands: str = option("train", "unseen: those that SFT was not given", choices=("train", "unseen"))
     ppo_starts: tuple[float, ...] = option((0.25, 1.0, 2.0), "where RL starts, in shares of sft_steps", above=0)
     ppo_keep: tuple[int, ...] = option((), "rounds of PPO whose policy is kept beside the last", least=1)

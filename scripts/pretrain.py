@@ -331,6 +331,7 @@ def arguments():
     p.add_argument("--every", type=float, default=3, help="minutes between evaluations; steps, with --steps")
     p.add_argument("--keep-every", type=int, help="steps between models that are kept, in OUT/step-00050 and so on")
     p.add_argument("--keep-from", type=int, default=0, help="the first step at which a model is kept")
+    p.add_argument("--half", action="store_true", help="write the last model in bfloat16: half the size, rounded")
     p.add_argument("--card", action="store_true", help="only test the model in --out and write its card")
     a = p.parse_args()
     if unknown := set(a.mix or {}) - set(READINGS):
@@ -423,6 +424,8 @@ def main():
             clock.paused += time.time() - pause
             save(a, a.out / f"step-{step:05d}" if kept else a.out, model, tokenizer, curve, step)
     model.eval()
+    if a.half:
+        model.to(torch.bfloat16)
     save(a, a.out, model, tokenizer, curve, step)
 
 

@@ -156,7 +156,7 @@ def test_claims_of_a_world_that_contradicts():
     at = lambda part: next(v for t, v in found.items() if part in t)
     assert at("rises to a peak") == at("RL raises OOD") == at("more than half of the OOD") == "not reproduced"
     assert at("falls during SFT") == "reproduced" and at("does not exceed the SFT peak") == "untested"
-    assert at("keeps as much ID") == at("takes no ID success") == "not reproduced"
+    assert at("anchored merge gives back more") == at("takes no ID success") == "not reproduced"
     assert at("UV merge") == at("loss: anchored merge") == at("singular values alone") == "not reproduced"
     assert at("too short (step 10) RL does not heal") == at("RL gains more OOD success from") == "not reproduced"
 
@@ -181,7 +181,7 @@ def test_an_edit_on_the_line_is_not_above_it():
     "An edit that is an interpolation, only called otherwise, gives back what interpolation gives back."
     twin = EDITS | {"anchored 20%": EDITS["interpolate_to_norm 20%"]}
     found = {t: v for _, t, v in verdicts(made_up(PAPER, twin, hands=1200))}
-    assert next(v for t, v in found.items() if "keeps as much ID" in t) == "undecided"
+    assert next(v for t, v in found.items() if "anchored merge gives back more" in t) == "undecided"
 
 
 def test_a_seed_that_lost_nothing_is_not_left_out():
@@ -205,6 +205,62 @@ def test_primary_verdicts_answer_for_each_other():
     after = report._adjusted(weak.copy())
     assert set(after.verdict[after.primary]) == {"undecided"} and set(after.verdict[~after.primary]) == {"reproduced"}
     assert after.note[after.primary].str.contains("alone it would be reproduced").all()
+
+
+def with_twins(rates, tables):
+    "The tables with the gate open, and with checkpoints of these rates among the answers."
+    at = dict(edits={"target": 0.2}, seeds=6, hands=600, seed=5)
+    more = made_up(rates, **at)["evaluations"]
+    gate = pd.DataFrame([dict(seed=s, start=x, success=0.3, n=192) for s in range(6) for x in (10, 20, 40)])
+    return tables | dict(evaluations=pd.concat([tables["evaluations"], more]), gate=gate)
+
+
+def test_rl_is_read_beside_its_twins():
+    tables = with_twins(dict(constant=0.2, worked=0.55, rft=0.7), made_up(PAPER, EDITS))
+    rows = claims(tables, end=20, band=0.2)
+    said = {t: r.verdict for r in rows.itertuples() for t in report.TWINS.values() if t in r.text}
+    assert said == {"RL on a constant reward": "reproduced", "SFT that goes on": "undecided", "RFT": "not reproduced"}
+    assert not rows.note.str.contains("no twin").any()
+    assert claims(made_up(PAPER, EDITS), end=20, band=0.2).note.str.contains("no twin").sum() == 2
+
+
+@pytest.mark.parametrize("success", [0.02, 0.9])
+def test_without_a_signal_rl_has_no_verdict(success):
+    "What memorised hands, or none that can be solved, teach is nothing; a start's own gate shuts its own rows."
+    tables = with_twins({}, made_up(PAPER, EDITS))
+    gate = tables["gate"]
+    shut = claims(tables | dict(gate=gate.assign(success=gate.success.where(gate.start != 20, success))), 20, 0.2)
+    of_rl = shut[shut.claim.isin(["C2", "C3", "C7"])]
+    free = of_rl.text.str.contains("too short|too long") & ~of_rl.primary
+    assert set(of_rl.verdict[~free]) <= {"no signal", "untested"} and "no signal" in set(of_rl.verdict)
+    assert "no signal" not in set(of_rl.verdict[free]) and "no signal" not in set(shut[shut.claim == "C6"].verdict)
+    assert of_rl.note[of_rl.verdict == "no signal"].str.contains("10% to 60% are asked for").all()
+    assert of_rl.p[of_rl.verdict == "no signal"].isna().all()
+
+
+def test_a_fall_is_reading_or_skill():
+    "One world in which SFT makes the model misread, one in which it forgets how to solve."
+    tables = made_up(PAPER | dict(base=0.48, end=0.16), EDITS)
+    ev, rng = tables["evaluations"], np.random.default_rng(0)
+    for lost, R, Q in (("reading", dict(base=0.96, end=0.32), 0.5), ("skill", dict(base=0.8, end=0.8), None)):
+        read = [rng.random() < R.get(c, 0.9) for c in ev.checkpoint]
+        solved = [rng.random() < (Q or {"base": 0.6, "end": 0.2}.get(c, 0.4)) for c in ev.checkpoint]
+        rows = claims(tables | dict(evaluations=ev.assign(read=read), forced=ev.assign(solved_first=solved)), 20, 0.2)
+        at = lambda part: rows[rows.text.str.contains(part) & (rows.claim == "C1")].iloc[0]
+        assert at("at least half").verdict == ("reproduced" if lost == "reading" else "not reproduced")
+        parts = at("this, reading").effect, at("this, solving").effect
+        assert abs(sum(parts) + 0.32) < 0.06 and (parts[0] < parts[1]) == (lost == "reading")
+
+
+def test_bases_are_the_units_where_there_are_several():
+    "Twelve seeds of six bases are six draws, however well the seeds of a base agree."
+    tables = made_up(PAPER, EDITS, seeds=12)
+    several = tables | dict(evaluations=tables["evaluations"].assign(base=lambda t: t.seed % 6))
+    assert set(claims(tables, 20, 0.2).query("verdict != 'untested'").seeds) == {12}
+    assert set(claims(several, 20, 0.2).query("verdict != 'untested'").seeds) == {6}
+    rows = pd.DataFrame(dict(seed=[0, 1, 2, 3], hand=list("abcd"), x=[0.0, 0.0, 1.0, 1.0]))
+    halved = report._by_unit(rows, pd.Series([0, 0, 1, 1]))
+    assert contrast(halved, "x")[3] == 2 and contrast(rows, "x")[3] == 4
 
 
 @pytest.mark.slow
