@@ -710,3 +710,87 @@ def step(self: GeneralPoints, action):
         not feedback.solved and self.turn >= self.attempts,
         {"problem": self.problem, "feedback": feedback},
     )
+
+# %% ../nbs/00_env.ipynb #1ceb3292
+@patch
+def reading(
+    self: GeneralPoints,
+    problem: Problem,  # what was asked
+    text: str,  # of an answer, whatever it is
+) -> list | None:  # of integers
+    "The numbers that an answer says its cards are; None where it does not say."
+    return STYLES[self.style][2](text)
+
+
+@patch
+def read_as_told(
+    self: GeneralPoints,
+    problem: Problem,  # what was asked
+    text: str,  # of an answer, whatever it is
+) -> bool:
+    "Whether an answer takes every face card, in its place, for the number that the prompt tells."
+    told = [n if c in FACES else None for c, n in zip(problem.cards, problem.numbers)]
+    stated = self.reading(problem, text) or []
+    return not any(told) or (len(stated) == len(told) and all(t in (None, n) for t, n in zip(told, stated)))
+
+# %% ../nbs/00_env.ipynb #3b6aafab
+@patch
+def forced(
+    self: GeneralPoints,
+    problem: Problem,  # what is asked
+) -> str:
+    "How a right answer begins: up to the numbers that its cards are, with what closes their list."
+    return STYLES[self.style][3](problem)
+
+# %% ../nbs/00_env.ipynb #be3c38c6
+def _step_fault(held, words):
+    "What is wrong with a step from the numbers held, a `Counter`, which it changes."
+    try:
+        (a, op, b), claims = _step(words), _integers(words[4:])
+    except FormulaError:
+        claims = None
+    if claims is None:
+        return "form"
+    if Counter((int(a), int(b))) - held:
+        return "bookkeeping"
+    if (op == "/" and not int(b)) or evaluate_formula(f"{a} {op} {b}") != claims[0]:
+        return "arithmetic"
+    held.subtract((int(a), int(b)))
+    held.update(claims)
+    return ""
+
+
+def _rest_fault(held, words):
+    "What is wrong with a list of the numbers that remain."
+    stated = _integers(words)
+    return "form" if stated is None else "" if Counter(stated) == held else "bookkeeping"
+
+# %% ../nbs/00_env.ipynb #9020e22b
+def _walk(numbers, text):
+    "The first fault of a compact answer behind the numbers of its cards."
+    held, parts = Counter(numbers), [p for p in text[:MAX_COMPACT].split(";")[1:] if p.strip()]
+    for part in parts:
+        found = (_step_fault if "=" in part else _rest_fault)(held, part.split())
+        if found:
+            return found
+    return "search" if any("=" in part for part in parts) else "form"
+
+# %% ../nbs/00_env.ipynb #532a4669
+_PAPER_FAULTS = dict(format="form", wrong_rule="bookkeeping", wrong_number="bookkeeping", wrong_value="search")
+
+
+@patch
+def fault(
+    self: GeneralPoints,
+    problem: Problem,  # what was asked
+    text: str,  # of an answer, whatever it is
+) -> str:  # '' (solved), 'form', 'reading', 'bookkeeping', 'arithmetic' or 'search'
+    "Where an answer first goes wrong."
+    feedback, stated = self.verify(problem, text), self.reading(problem, text)
+    if feedback.solved:
+        return ""
+    if stated is None:
+        return "form"
+    if stated != list(problem.numbers):
+        return "reading"
+    return _PAPER_FAULTS[feedback.error] if self.style == "paper" else _walk(problem.numbers, text)
