@@ -450,7 +450,7 @@ def train_grpo(
     method: str = "grpo",  # 'grpo' or 'rloo'
     trackers: tuple = (),  # where else to log: 'tensorboard', 'wandb', 'trackio', …
     tokenizer: Any = None,  # of a model that comes alone
-) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
+) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule, read
     "GRPO or RLOO on one rule; goes on where it was when `out` holds an unfinished run with the same settings."
     config = GRPOConfig.of(config)
     _check(config, method, eval_every, n_eval)

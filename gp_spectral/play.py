@@ -6,7 +6,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/play.html.md"""
 
 # %% auto #0
 __all__ = ['RULE_COLORS', 'Turn', 'Episode', 'prompt_ids', 'retry_ids', 'end_tokens', 'generate', 'play', 'evaluate',
-           'success_rate', 'success_table', 'curve_row', 'plot_curve']
+           'success_rate', 'success_table', 'curve_row', 'reading_table', 'pass_at', 'plot_curve']
 
 # %% ../nbs/00e_play.ipynb #c658dea1
 import math
@@ -31,7 +31,7 @@ class Turn:
 
     start: int  # ids[start:end] is what the model wrote, the end token included
     end: int
-    text: str  # the same, decoded
+    text: str  # the answer, decoded; it includes the beginning that it was given, see `play`
     feedback: object  # the verifier's: reward, message, solved, error
     ended: bool  # False when the attempt was cut off at the token limit
     logp: list = None  # log-probabilities of ids[start:end], if the sampler told them
@@ -44,6 +44,7 @@ class Episode:
     problem: object
     ids: list
     turns: list = field(default_factory=list)
+    begun: int = 0  # how many of the ids before the first attempt are the beginning of its answer
 
     @property
     def solved(self):
@@ -71,6 +72,12 @@ def prompt_ids(
 ) -> list:  # token ids
     "The first user turn and the header of the answer."
     return _chat_ids(tokenizer, [{"role": "user", "content": task.prompt(problem)}])
+
+
+def _asked(tokenizer, task, problem, begin):
+    "An episode before its first attempt."
+    begun = tokenizer(begin(problem), add_special_tokens=False).input_ids if begin else []
+    return Episode(problem, prompt_ids(tokenizer, task, problem) + begun, begun=len(begun))
 
 # %% ../nbs/00e_play.ipynb #3b8016ca
 def retry_ids(
@@ -186,8 +193,9 @@ def _batches(active, size, most):
 
 def _judge(episode, answer, task, tokenizer):
     "Adds an answer to an episode, as an attempt with its verdict."
-    new, ended, *logp = answer
-    text, start = tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True), len(episode.ids)
+    (new, ended, *logp), start = answer, len(episode.ids)
+    begun = episode.ids[start - episode.begun :] if episode.begun and not episode.turns else []
+    text = tokenizer.decode(begun + (new[:-1] if ended else new), skip_special_tokens=True)
     verdict = task.verify(episode.problem, text)
     episode.turns.append(Turn(start, start + len(new), text, verdict, ended, *logp))
     episode.ids = episode.ids + new
@@ -206,11 +214,12 @@ def play(
     seed: tuple = (0,),  # of sampling: whole numbers; each attempt at each problem adds its own
     share: bool = False,  # several processes: each plays its share, all get all episodes; all of them must call
     sampler: Callable = generate,  # what completes a batch of prompts; see `generate`
+    begin: Callable | None = None,  # of a problem: the text with which its first answer begins; the model goes on
 ) -> list:  # of `Episode`, in the order of `problems`
     "Plays episodes: answer, verdict, next attempt, until solved or out of attempts."
     rank, ranks = (world().process_index, world().num_processes) if share else (0, 1)
     limit = max_new_tokens or getattr(task, "max_new_tokens", 512)
-    episodes = {i: Episode(p, prompt_ids(tokenizer, task, p)) for i, p in enumerate(problems) if i % ranks == rank}
+    episodes = {i: _asked(tokenizer, task, p, begin) for i, p in enumerate(problems) if i % ranks == rank}
     idle = prompt_ids(tokenizer, task, problems[0]) if len(problems) else []
 
     def answers(active, batch, attempt):
@@ -244,17 +253,30 @@ def _joined(episodes, ranks):
     return [episodes[i] for i in sorted(episodes)]
 
 # %% ../nbs/00e_play.ipynb #a7ae6950
-def _result(i, e):
-    "What the table says of an episode."
+def _result(task, i, e):
+    "What the table says of an episode; what the task does not tell is missing, or no fault."
+    first = e.turns[0]
+    told = lambda method, unknown: getattr(task, method, lambda *_: unknown)(e.problem, first.text)
     return dict(
         problem=i,
         hand=getattr(e.problem, "key", str(i)),
         attempts=len(e.turns),
         solved=e.solved,
-        solved_first=e.turns[0].feedback.solved,
+        solved_first=first.feedback.solved,
         reward=float(e.reward),
-        error=e.turns[0].feedback.error,
+        error=first.feedback.error,
+        read=told("read_as_told", None),
+        fault=told("fault", ""),
     )
+
+# %% ../nbs/00e_play.ipynb #dcde458a
+def _beginning(task, forced, temperature, samples):
+    "What begins the answers, once it is known that the task and the number of samples are good for it."
+    if forced and not hasattr(task, "forced"):
+        raise TypeError(f"{type(task).__name__} has no `forced`, the beginning of a right answer: see CONTRIBUTING")
+    if samples < 1 or (samples > 1 and temperature <= 0):
+        raise ValueError(f"{samples} samples at temperature {temperature}: expected 1, or more with a temperature")
+    return task.forced if forced else None
 
 # %% ../nbs/00e_play.ipynb #abc4532a
 def evaluate(
@@ -270,14 +292,22 @@ def evaluate(
     progress: str | None = None,  # see `play`
     share: bool = False,  # see `play`
     tokenizer: Any = None,  # of a model that comes without
-) -> pd.DataFrame:  # checkpoint, rule, split, seed, problem, hand, attempts, solved, solved_first, reward, error
-    "Greedy success on problems of a split, one row per problem; a `TypeError` says what a model can be."
+    even: bool = False,  # deal the hands evenly; the task's `problems` has to know the word
+    forced: bool = False,  # begin the first answer as the task's `forced` says: with the rule read as told
+    temperature: float = 0.0,  # of sampling; 0 is greedy
+    samples: int = 1,  # how often each problem is played, with a temperature
+) -> pd.DataFrame:  # checkpoint, rule, split, seed, problem, hand, attempts, solved, …, error, read, fault, sample
+    "Success on problems of a split, a row per problem and sample; a `TypeError` says what a model or task must be."
+    begin = _beginning(task, forced, temperature, samples)
     loaded = open_model(model, tokenizer)
-    problems = task.problems(split, n, seed) if problems is None else problems
-    episodes = play(*loaded, task, problems, attempts, batch_size=batch_size, progress=progress, share=share)
+    problems = task.problems(split, n, seed, **dict(even=True) if even else {}) if problems is None else problems
+    how = dict(batch_size=batch_size, progress=progress, share=share, begin=begin)
     called = name or (str(model) if isinstance(model, (str, os.PathLike)) else "")
-    about = dict(checkpoint=called, rule=getattr(task, "rule", type(task).__name__), split=split, seed=seed)
-    return pd.DataFrame([about | _result(i, e) for i, e in enumerate(episodes)])
+    about, rows = dict(checkpoint=called, rule=getattr(task, "rule", type(task).__name__), split=split, seed=seed), []
+    for sample in range(samples):
+        episodes = play(*loaded, task, problems, attempts, temperature, seed=(seed, sample), **how)
+        rows += [about | _result(task, i, e) | dict(sample=sample) for i, e in enumerate(episodes)]
+    return pd.DataFrame(rows).astype(dict(read="boolean") if rows else {})
 
 # %% ../nbs/00e_play.ipynb #9502b119
 def success_rate(
@@ -297,23 +327,25 @@ def success_rate(
     return dict(rate=float(p), low=low, high=high, n=int(n), hands=hands)
 
 # %% ../nbs/00e_play.ipynb #335ffe6d
-def _errors(table):
-    return {name: float((table.error == kind).mean()) for name, kind in _ERRORS.items()}
-
-
 _ERRORS = dict(format_error="format", wrong_rule="wrong_rule")
+
+
+def _shares(table):
+    "Shares of the answers; how many read the rule as told is NaN where no row tells it, as in older tables."
+    found = {name: float((table.error == kind).mean()) for name, kind in _ERRORS.items()}
+    return found | dict(read=float(table["read"].astype(float).mean()) if "read" in table else math.nan)
 
 
 def _success(table):
     first, within = success_rate(table), success_rate(table, "solved")
     found = dict(success=first["rate"], low=first["low"], high=first["high"])
     found |= dict(within=within["rate"], within_low=within["low"], within_high=within["high"])
-    return pd.Series(found | _errors(table) | dict(n=first["n"]))
+    return pd.Series(found | _shares(table) | dict(n=first["n"]))
 
 
 def success_table(
     table: pd.DataFrame,  # rows of `evaluate`, of as many checkpoints and tasks as one likes
-) -> pd.DataFrame:  # success (first attempt), within (all attempts), their intervals, format_error, wrong_rule, n
+) -> pd.DataFrame:  # success (first attempt), within (all attempts), intervals, format_error, wrong_rule, read, n
     "One row per checkpoint, rule and split."
     by = ["checkpoint", "rule", "split"]
     return table.groupby(by, sort=False).apply(_success, include_groups=False).reset_index()
@@ -322,9 +354,55 @@ def success_table(
 def curve_row(
     table: pd.DataFrame,  # rows of `evaluate`
     **where,  # columns that say which point of which curve it is
-) -> dict:  # with rate, low, high, n, hands, format_error and wrong_rule (shares of the answers)
-    "A row of a curve: success at the first attempt, and the errors."
-    return dict(**where, **success_rate(table), **_errors(table))
+) -> dict:  # with rate, low, high, n, hands, format_error, wrong_rule and read (shares of the answers)
+    "A row of a curve: success at the first attempt, the errors, and whether the rule was read as told."
+    return dict(**where, **success_rate(table), **_shares(table))
+
+# %% ../nbs/00e_play.ipynb #ef3f8191
+def _rate(table, column, name):
+    "A rate and its interval, by name; NaN of an empty table."
+    found = success_rate(table, column) if len(table) else dict(rate=math.nan, low=math.nan, high=math.nan)
+    return {name: found["rate"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+
+
+def _reading(table, faults):
+    first, read = table["solved_first"].astype(bool), table["read"].astype(bool)
+    found = _rate(table, "solved_first", "success") | _rate(table, "read", "read")
+    found |= _rate(table[read], "solved_first", "solved_if_read") | dict(solved_unread=float((first & ~read).mean()))
+    return pd.Series(found | {f: float((table["fault"] == f).mean()) for f in faults} | dict(n=len(table)))
+
+
+def reading_table(
+    table: pd.DataFrame,  # rows of `evaluate`, of tasks that have `read_as_told`
+) -> pd.DataFrame:  # success, read, solved_if_read, their intervals, solved_unread, a share for each fault, n
+    "One row per checkpoint, rule and split: success as reading times solving; a `ValueError` where no row tells it."
+    if "read" not in table or table["read"].isna().any():
+        raise ValueError("reading_table needs `read` in every row: evaluate again, with a task that has `read_as_told`")
+    faults = sorted(set(table["fault"]) - {""})
+    by = table.groupby(["checkpoint", "rule", "split"], sort=False)
+    return by.apply(_reading, faults, include_groups=False).reset_index()
+
+# %% ../nbs/00e_play.ipynb #91da4df3
+def _pass_at(table, k):
+    of = ["seed", "problem", "hand"]
+    if table.duplicated([*of, "sample"]).any():
+        raise ValueError("a problem has the same sample twice: name each evaluation of a checkpoint differently")
+    x = table.groupby(of)["solved_first"].agg(["sum", "count"]).astype(int).reset_index()
+    if not 1 <= k <= x["count"].min():
+        fewest = x["count"].min()
+        raise ValueError(f"pass@{k} needs 1 to {fewest} samples: so many has each problem (`evaluate(samples=…)`)")
+    missed = [math.comb(n - c, k) / math.comb(n, k) for n, c in zip(x["count"], x["sum"])]
+    found = _rate(table, "solved_first", "success") | _rate(x.assign(some=1 - np.array(missed)), "some", "pass_at_k")
+    return pd.Series(found | dict(k=k, samples=x["count"].min(), n=len(x)))
+
+
+def pass_at(
+    table: pd.DataFrame,  # rows of `evaluate` with at least k samples of each problem
+    k: int = 8,  # of how many samples one is to be right
+) -> pd.DataFrame:  # success (the mean of the samples), pass_at_k, their intervals, k, samples, n (problems)
+    "One row per checkpoint, rule and split; a `ValueError` where there are too few samples."
+    by = table.groupby(["checkpoint", "rule", "split"], sort=False)
+    return by.apply(_pass_at, k, include_groups=False).reset_index().astype(dict(k=int, samples=int, n=int))
 
 # %% ../nbs/00e_play.ipynb #4d543d37
 RULE_COLORS = {"ID": "#0072B2", "OOD": "#D55E00"}

@@ -951,7 +951,7 @@ def train_ppo(
     sampler: Callable | None = None,  # what completes prompts; None: `generate`, or the config's server
     keep: tuple = (),  # rounds after which the policy is also saved, in `round-00069` and so on
     tokenizer: Any = None,  # of a model that comes alone
-) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule
+) -> pd.DataFrame:  # the curve: step (rounds), rule, set, rate, low, high, n, hands, format_error, wrong_rule, read
     "PPO on one rule; goes on where it was when `out` holds an unfinished run with the same settings."
     config = PPOConfig.of(config)
     _check_run(config, eval_every, n_eval, keep)

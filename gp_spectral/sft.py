@@ -276,7 +276,7 @@ def train_sft(
     progress: bool = True,  # whether to show a bar
     trackers: tuple = (),  # where else to log: 'tensorboard', 'wandb', 'trackio', …
     **settings,  # of `SFTConfig`, by name; they go before those of `config`
-) -> pd.DataFrame:  # step, loss, rule, set ('validation' or 'seen'), rate, low, high, …, format_error, wrong_rule
+) -> pd.DataFrame:  # step, loss, rule, set ('validation' or 'seen'), rate, low, high, …, wrong_rule, read
     "SFT on one rule, measured on all; goes on where it was when `out` holds an unfinished run with these settings."
     config, eval_tasks = _exact(SFTConfig.of(config), settings), eval_tasks or {"ID": task}
     micro, accumulate = _passes(config)

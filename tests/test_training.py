@@ -2,19 +2,23 @@
 
 import json
 import math
+import random
 import shutil
+from functools import partial
+from itertools import combinations
 from pathlib import Path
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from made import furthest
 from safetensors.torch import load_file, save_file
-from gp_spectral.env import Feedback, GeneralPoints
+from gp_spectral.env import Feedback, GeneralPoints, Problem, compact_answer, steps_to
 from gp_spectral.grpo import GRPOConfig, train_grpo
 from gp_spectral.ppo import PPOConfig, train_ppo, whiten
 from gp_spectral.folders import TINY
 from gp_spectral.models import load_model, resolve_precision, save_model
-from gp_spectral.play import evaluate, play, success_rate
+from gp_spectral.play import curve_row, evaluate, pass_at, play, prompt_ids, reading_table, success_rate, success_table
 from gp_spectral.sft import pick, train_sft
 from gp_spectral.preset import Preset
 from gp_spectral.study import study
@@ -125,6 +129,134 @@ def test_an_answer_that_never_ends():
         assert len(e.turns) == 3 and not any(t.ended for t in e.turns)
         between = e.ids[e.turns[0].end : e.turns[1].start]
         assert between[0] == tokenizer.eos_token_id  # the cut-off turn is closed before the feedback
+
+
+def test_an_answer_is_begun():
+    "What it is given counts as the answer's text, and not as what the model wrote; a model goes on as it would."
+    model, tokenizer = load_model("tiny")
+    problems = OOD.problems("validation", 30)
+    free, begun = (play(model, tokenizer, OOD, problems, 2, begin=b) for b in (None, OOD.forced))
+    same = 0
+    for a, b in zip(free, begun):
+        asked, (first, *rest) = prompt_ids(tokenizer, OOD, b.problem), b.turns
+        given = tokenizer(OOD.forced(b.problem), add_special_tokens=False).input_ids
+        assert b.ids[: first.start] == asked + given and first.text.startswith(OOD.forced(b.problem) + " ;")
+        assert first.feedback == OOD.verify(b.problem, first.text)
+        if a.turns[0].text.startswith(OOD.forced(b.problem) + " ;"):
+            assert (a.ids, [t.text for t in a.turns]) == (b.ids, [t.text for t in b.turns])
+            same += 1
+        for t in rest:  # only the first answer is begun
+            assert t.text == tokenizer.decode(b.ids[t.start : t.end], skip_special_tokens=True)
+    assert same > 20 and any(len(e.turns) == 2 for e in begun)
+    cut = play(model, tokenizer, OOD, problems[:3], begin=OOD.forced, max_new_tokens=2)
+    assert all(e.turns[0].end - e.turns[0].start == 2 and e.turns[0].end == len(e.ids) for e in cut)
+
+
+def misreading(model, tokenizer, prompts, *_):
+    "A sampler: takes faces for 10, whatever the rule; with the numbers before it, it solves the hand without a fault."
+    answers = []
+    for prompt in prompts:
+        asked, given = tokenizer.decode(prompt).split("<|assistant|>")
+        cards = tuple(asked.split("cards")[1].replace("<|end|>", "").split())
+        if given.strip():
+            numbers = [int(w) for w in given.split("=")[1].split()]
+            faces = tuple(dict(zip(cards, numbers)).get(f, 0) for f in "JQK")
+            text = compact_answer(Problem(cards, faces), random.Random(0)).removeprefix(given.strip())
+        else:
+            text = compact_answer(Problem(cards), random.Random(0)) or f"{ID.forced(Problem(cards))} ; 1 + 1 = 2"
+        answers.append((tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id], True))
+    return answers
+
+
+def test_a_model_that_misreads_and_computes_right(monkeypatch):
+    "R is 0, Q is 1: seen only where the reading is forced."
+    monkeypatch.setattr("gp_spectral.play.play", partial(play, sampler=misreading))
+    problems = [p for p in OOD.problems("test", 60) if steps_to(tuple(sorted(p.numbers)), 24)]
+    told = dict(problems=problems, attempts=1)
+    free = evaluate("tiny", OOD, name="free", **told)
+    forced = evaluate("tiny", OOD, name="forced", forced=True, **told)
+    table = reading_table(pd.concat([free, forced])).set_index("checkpoint")
+    assert table["read"].to_dict() == dict(free=0, forced=1) and table.success.to_dict() == dict(free=0, forced=1)
+    assert math.isnan(table.solved_if_read["free"]) and table.solved_if_read["forced"] == 1
+    assert table.reading.to_dict() == dict(free=1, forced=0) and set(free.fault) == {"reading"}
+    assert success_table(free)["read"].item() == curve_row(free)["read"] == 0
+
+
+def test_the_split_of_success_adds_up():
+    "S = R x Q + what the verifier forgives, whatever the rows."
+    rng, n = random.Random(0), 400
+    rows = dict(hand=[i % 70 for i in range(n)], read=[rng.random() < 0.4 for _ in range(n)])
+    rows["solved_first"] = [rng.random() < (0.7 if r else 0.1) for r in rows["read"]]
+    rows["fault"] = ["" if s else "search" if r else "reading" for s, r in zip(rows["solved_first"], rows["read"])]
+    found = reading_table(pd.DataFrame(rows).assign(checkpoint="x", rule="y", split="test")).iloc[0]
+    assert found.success == pytest.approx(found["read"] * found.solved_if_read + found.solved_unread)
+    assert found.success + found.reading + found.search == pytest.approx(1) and found.solved_unread > 0
+    assert found.read_low < found["read"] < found.read_high and found.n == n
+
+
+def test_samples_are_draws_of_their_own():
+    "The same whatever the batch and however many follow; a problem keeps its number."
+    told, asked = dict(temperature=1.0, attempts=2), ID.problems("validation", 20)
+    model = load_model("tiny")
+    three, small = (evaluate(model, ID, problems=asked, samples=3, batch_size=b, **told) for b in (None, 3))
+    assert three.equals(small) and three["sample"].tolist() == [0] * 20 + [1] * 20 + [2] * 20
+    assert three.problem.tolist() == list(range(20)) * 3 and three.groupby("problem").hand.nunique().max() == 1
+    assert three.query("sample == 0").equals(evaluate(model, ID, problems=asked, **told))
+    a, b, c = (three.query("sample == @i")[["solved_first", "reward", "error"]].values.tolist() for i in range(3))
+    assert a != b and b != c and a != c
+    rates = success_rate(three)
+    assert rates["n"] == 60 and rates["hands"] == len({p.key for p in asked})
+    for wrong in (dict(samples=2), dict(samples=0, temperature=1.0)):
+        with pytest.raises(ValueError, match="samples at temperature"):
+            evaluate(model, ID, problems=asked, **wrong)
+
+
+def test_pass_at_counts_subsets():
+    "The estimator is the share of the subsets of k samples that hold a right one."
+    rng, n = random.Random(1), 6
+    rows = [
+        dict(
+            checkpoint="x",
+            rule="y",
+            split="test",
+            seed=0,
+            problem=p,
+            hand=p // 2,
+            sample=s,
+            solved_first=rng.random() < p / 12,
+        )
+        for p in range(12)
+        for s in range(n)
+    ]
+    table = pd.DataFrame(rows)
+    right = [g.solved_first.tolist() for _, g in table.groupby("problem")]
+    for k in (1, 2, 5, 6):
+        found = pass_at(table, k).iloc[0]
+        expected = np.mean([np.mean([any(some) for some in combinations(r, k)]) for r in right])
+        assert found.pass_at_k == pytest.approx(expected) and found.success == pytest.approx(np.mean(right))
+        assert found.pass_at_k_low < expected < found.pass_at_k_high and (found.samples, found.n) == (n, 12)
+    with pytest.raises(ValueError, match="pass@7 needs 1 to 6 samples"):
+        pass_at(table, 7)
+    with pytest.raises(ValueError, match="same sample twice"):
+        pass_at(pd.concat([table, table]), 1)
+
+
+def test_tables_of_a_task_that_tells_nothing_and_of_an_older_version():
+    coins, cards = evaluate("tiny", Coin(), n=4, attempts=1), evaluate("tiny", OOD, n=4, attempts=1)
+    assert coins["read"].isna().all() and set(coins.fault) == {""} and math.isnan(curve_row(coins)["read"])
+    table = success_table(pd.concat([coins, cards])).set_index("rule")
+    assert math.isnan(table["read"]["Coin"]) and table["read"]["faces_as_rank"] == 1
+    old = cards.drop(columns=["read", "fault", "sample"])
+    assert math.isnan(success_table(old)["read"].item()) and math.isnan(curve_row(old)["read"])
+    for rows in (coins, old):
+        with pytest.raises(ValueError, match="has `read_as_told`"):
+            reading_table(rows)
+    with pytest.raises(TypeError, match="Coin has no `forced`"):
+        evaluate("tiny", Coin(), n=4, forced=True)
+    with pytest.raises(TypeError, match="even"):
+        evaluate("tiny", Coin(), n=4, even=True)
+    even = evaluate("tiny", GeneralPoints(n_cards=2, target=(1, 30)), n=60, attempts=1, even=True).hand.value_counts()
+    assert even.max() - even.min() <= 1
 
 
 def test_diverging_sft_stops(tmp_path):
