@@ -2,6 +2,7 @@
 
     python benchmarks/training.py sft [MODEL]  # seconds per optimizer step: train_sft, a bare loop in torch
     python benchmarks/training.py rollout [MODEL]  # tokens per second: ours, model.generate
+    python benchmarks/training.py kept [MODEL]  # tokens per second: keys and values kept between attempts, or not
     python benchmarks/training.py ppo [MODEL] --peer-python PEER  # seconds per iteration: train_ppo, TRL's
 
 MODEL is a checkpoint folder; the default is the small model of the package. Each prints a table and puts it into
@@ -310,6 +311,51 @@ def recorded(play, *args, **kwargs):
         return generate(*args, **kwargs)
 
     return play(*args, sampler=sampler, **kwargs), calls
+
+
+def anew(*args):
+    "`generate`, but `play` does not know it, and has every attempt read as a whole."
+    from gp_spectral.play import generate
+
+    return generate(*args)
+
+
+def kept(a):
+    "Seconds of whole rollouts: keys and values kept between attempts, or every attempt read anew."
+    from gp_spectral.play import generate, play
+
+    model, tokenizer, task, label = opened(a)
+    n, attempts, limit = 8 if a.smoke else a.samples, 2 if a.smoke else 5, 8 if a.smoke else a.tokens or None
+    problems, raw, parts = task.problems("train", n, 0), {}, []
+    for size in (n, max(2, n // 4)):
+        for temperature in (0.0, 1.0):
+            common = dict(attempts=attempts, temperature=temperature, max_new_tokens=limit, batch_size=size)
+            found = {}
+
+            def way(name, sampler):
+                def run():
+                    found[name] = play(model, tokenizer, task, problems, sampler=sampler, **common)
+                    return written(found[name])
+
+                return run
+
+            ways = {ANEW: way(ANEW, anew), KEPT: way(KEPT, generate)}
+            seconds, tokens = in_turn(ways, a.repeats, clock(a.threads))
+            same = sum(x.ids == y.ids for x, y in zip(found[ANEW], found[KEPT]))
+            rates = {name: per_second(tokens[name], s) for name, s in seconds.items()}
+            batches = "one batch" if size == n else f"batches of {size}"
+            title = f"{'Sampled' if temperature else 'Greedy'}, {batches}, {same} of {n} conversations the same"
+            raw[title] = dict(seconds=seconds, tokens=tokens)
+            parts += [
+                (title, name, spread(s), spread(rates[name]), ratios(rates[name], rates[ANEW]))
+                for name, s in seconds.items()
+            ]
+    head = ("conversations", "what", f"{unit(a)}, median [range]", "tokens per second", f"tokens per second, × {ANEW}")
+    words = f"{n} conversations of up to {attempts} attempts. {conditions(a)}"
+    write(f"Keys and values kept between attempts ({label})", table(head, parts), words, raw, PACKAGES, not a.smoke)
+
+
+ANEW, KEPT = "read anew", "kept (`play`)"
 
 
 def replayed(calls, way, **more):
@@ -796,8 +842,8 @@ def limit_threads(n):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest="what", required=True, metavar="sft | rollout | ppo")
-    for name in ("sft", "rollout", "ppo"):
+    sub = p.add_subparsers(dest="what", required=True, metavar="sft | rollout | kept | ppo")
+    for name in ("sft", "rollout", "kept", "ppo"):
         c = sub.add_parser(name)
         c.add_argument("model", nargs="?", default="tiny", help="checkpoint folder; default: the model of the package")
         c.add_argument("--repeats", type=int, default=5)
