@@ -6,7 +6,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'CHUNK', 'PARTS', 'Entry', 'read_header', 'Held', 'Checkpoint', 'Matrix', 'describe', 'layer_range',
-           'part_of', 'as_parts', 'with_base', 'as_checkpoint', 'LowRank', 'preflight', 'tell_apart']
+           'part_of', 'as_parts', 'with_base', 'as_checkpoint', 'LowRank', 'preflight', 'common_weights', 'tell_apart']
 
 # %% ../nbs/03a_checkpoint.ipynb #22d4c190
 import hashlib
@@ -363,20 +363,19 @@ def blocks(
     self: Checkpoint,
     name,  # a tensor's name
     check=True,  # raise a `CheckpointError` on NaN or infinity
-):  # yields (rows, ...) tensors, as `tensor` reads them; a number without dimensions comes alone
-    "The rows of a tensor, in order, at most `CHUNK` numbers at once (or one row)."
+):  # yields (rows, n) tensors, as `tensor` reads them; (rows,) of a vector, (1,) of a single number
+    "The rows of a tensor, of a stack matrix after matrix, at most `CHUNK` numbers at once (or one row)."
     e = self.entry(name)
-    if not e.shape or name in self.overlay or e.dtype in _FP8:
-        t = self.tensor(name, check)
-        rows = max(1, CHUNK * len(t) // max(1, t.numel())) if t.ndim else None
-        yield from t.split(rows) if t.ndim else [t]
-        return
-    each = prod(e.shape[1:])
-    rows = max(1, CHUNK * e.shape[0] // max(1, prod(e.shape)))
-    for i in range(0, e.shape[0], rows):
-        stop = min(i + rows, e.shape[0])
-        t = _read(e, name, i * each, stop * each).reshape(stop - i, *e.shape[1:])
-        yield _finite(t, name, e.file) if check else t
+    width = e.shape[-1:] if len(e.shape) > 1 else ()
+    each, numbers = prod(width), prod(e.shape)
+    step = max(1, CHUNK // max(1, each)) * each
+    plain = name not in self.overlay and e.dtype not in _FP8
+    whole = None if plain else self.tensor(name, check).reshape(-1)
+    for i in range(0, numbers, max(1, step)):
+        stop = min(i + step, numbers)
+        t = _read(e, name, i, stop) if plain else whole[i:stop]
+        t = t.reshape(-1, *width)
+        yield _finite(t, name, e.file) if check and plain else t
 
 # %% ../nbs/03a_checkpoint.ipynb #a0105374
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -1784,6 +1783,36 @@ def preflight(
             "Use checkpoints of one model."
         )
     return inside + notes + _dtypes(base, other)
+
+# %% ../nbs/03a_checkpoint.ipynb #8797088e
+@patch
+def word_tables(self: Checkpoint) -> list:
+    "Names of the tensors that hold a row for each token to be read, tied ones too."
+    return [n for n in self.names if self._part(n) == "embeddings" and describe(n).kind in _WORDS]
+
+
+def _held_as(c, name, tied):
+    "The tensor in which a checkpoint holds a weight; None where it has none of the kind."
+    if name in c.entries:
+        return tied.get(name, name)
+    words = c.word_tables() if _table(name) in _OUTPUT and c._may_tie() else []
+    return words[0] if len(words) == 1 else None
+
+# %% ../nbs/03a_checkpoint.ipynb #f47ab050
+def common_weights(
+    base,  # `Checkpoint`
+    other,  # `Checkpoint`
+) -> tuple:  # ([(name in base, name in other, part of `part_of`)], [part of each weight that cannot be subtracted])
+    "The floating-point weights that two checkpoints hold in one shape, in the base's order, tied ones once."
+    one, two, ties, found = _weights_of(base), _weights_of(other), (base.tied(), other.tied()), {}
+    for n, e in {**two, **one}.items():
+        names = tuple(_held_as(c, n, tied) for c, tied in zip((base, other), ties))
+        if e.dtype.is_floating_point:
+            found.setdefault(names, part_of(names[0] if names[0] == names[1] else n, e.shape))
+    order = {n: i for i, n in enumerate(one)}
+    fits = lambda a, b: None not in (a, b) and one[a].shape == two[b].shape and two[b].dtype.is_floating_point
+    kept = sorted((x for x in found if fits(*x)), key=lambda x: order[x[0]])
+    return [(*x, found[x]) for x in kept], [part for x, part in found.items() if not fits(*x)]
 
 # %% ../nbs/03a_checkpoint.ipynb #8e599a7f
 def _identity(c):
