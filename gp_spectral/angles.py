@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-from .checkpoint import PARTS, as_checkpoint, as_parts, common_weights, preflight, tell_apart, with_base
+from .checkpoint import PARTS, TABLES, as_checkpoint, as_parts, common_weights, preflight
+from .checkpoint import tell_apart, with_base
 from .folders import CheckpointError, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
 from .svd import SPLIT, as_cache, change_row, choose_drivers, factors, gram, gram_eigenvalues, long_side
@@ -651,16 +652,13 @@ def _run(cs, matrices, measure, everyone, device, job, progress, workers):
         return run_pieces(lambda i: measure(matrices[i]), hand, costs, at_once, job, speak, "matrices")
 
 # %% ../nbs/04_angles.ipynb #8217fbd7
-_DECOMPOSED = ("embeddings", "head")  # parts that can be
-
-
 def _check_request(cs, pairs, kinds, include, fraction, workers, several, out):
     "What is wrong with a request is told before the work."
     if not pairs:
         raise ValueError("nothing to compare: give at least two checkpoints")
     for part in as_parts(include):
-        if part not in _DECOMPOSED:
-            raise ValueError(f"include: {part} are no matrices, only {' and '.join(_DECOMPOSED)} can be decomposed")
+        if part not in TABLES:
+            raise ValueError(f"include: {part} are no matrices, only {' and '.join(TABLES)} can be decomposed")
     for i, j in pairs:
         preflight(cs[i], cs[j], kinds, include)
     band_slices(2, fraction)
@@ -944,14 +942,14 @@ _CHECKPOINTS = (
     "full models or LoRA adapters"
 )
 
-
+# %% ../nbs/04_angles.ipynb #f7056705
 def _what_arguments(add):
     "Which matrices, and how much of them."
     add("--fraction", type=float, default=0.2, help="size of head, bulk and tail, a share of the ranks")
     add("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
     add("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
     beside = "parts to decompose besides, whatever --kinds and --layers say"
-    add("--include", nargs="+", default=[], choices=_DECOMPOSED, help=beside)
+    add("--include", nargs="+", default=[], choices=TABLES, help=beside)
     add("--heads", action="store_true", help="attention head by attention head")
     add("--all-pairs", action="store_true", help="compare each with each; else the first with each of the others")
     add(
@@ -1055,7 +1053,7 @@ def _said_of_parts(parts, decomposed, much=0.1):
             f"  {_percent(outside)} of ‖ΔW‖² lies outside the {decomposed} matrices that were decomposed"
             + (f": {each}" if each else "")
         )
-    able = [p for p in beside.part if p in _DECOMPOSED]
+    able = [p for p in beside.part if p in TABLES]
     if outside > much and able:
         yield f"  to decompose them as well: --include {' '.join(able)} (recover has it, too)"
     for x in parts[parts.left_out > 0].itertuples():
