@@ -516,6 +516,9 @@ def trio(tmp_path_factory):
     return [str(write(d / n, changed(w, size, seed=size))) for n, size in (("base", 0), ("sft", 1), ("rl", 2))]
 
 
+WRITTEN = ["angles.parquet", "changes.parquet", "parts.parquet", "plan.json", "rows.parquet"]
+
+
 def same(a, b):
     for x, y in zip(a, b):
         pd.testing.assert_frame_equal(x, y, check_exact=True)
@@ -538,8 +541,7 @@ def test_killed_it_goes_on(trio, tmp_path):
     found = compare_all(trio, progress=False, out=out, cache=False)
     same(found, compare_all(trio, progress=False, cache=False, workers=1))
     same(found, read_comparison(out))
-    tables = [f"{name}.parquet" for name in ("angles", "changes", "parts", "rows")]
-    assert sorted(p.name for p in out.iterdir()) == sorted([*tables, "plan.json"])
+    assert sorted(p.name for p in out.iterdir()) == WRITTEN
     with pytest.raises(CheckpointError, match="other details"):
         compare_all(trio, progress=False, out=out, details=False)
     with pytest.raises(CheckpointError, match="is no comparison"):
@@ -658,7 +660,7 @@ def test_killed_while_the_plan_was_written(trio, tmp_path, left):
         compare_all(trio, progress=False, out=out, cache=False, layers=[0]),
         compare_all(trio, progress=False, cache=False, layers=[0]),
     )
-    assert sorted(p.name for p in out.iterdir()) == ["angles.parquet", "changes.parquet", "plan.json"]
+    assert sorted(p.name for p in out.iterdir()) == WRITTEN
 
 
 def test_a_damaged_plan_is_named(trio, tmp_path):
