@@ -10,8 +10,8 @@ __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'Searc
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .angles import frobenius_norm
-from .folders import print_table
-from .checkpoint import Checkpoint, CheckpointError, with_base
+from .folders import CheckpointError, print_table
+from .checkpoint import TABLES, Checkpoint, with_base
 from .svd import factorize, singular_values
 from .recovery import ANCHORED, METHODS, Ranks, check_pair, chosen_ranks, edit_matrix, find_method
 from .recovery import load_methods, method_options, new_folder, options_for, prepare, progress_bar, recover
@@ -295,10 +295,10 @@ def _swept_folders(job, steps, band, whole, part, score):
     table.to_csv(part / "sweep.csv", index=False)
     return table, rows
 
-# %% ../nbs/05a_sweep.ipynb #20e51117
+# %% ../nbs/05a_sweep.ipynb #51298486
 KS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # the strengths that a sweep tries
 
-
+# %% ../nbs/05a_sweep.ipynb #20e51117
 def sweep(
     target,  # `Checkpoint` or path: what is repaired; it is only read
     donor,  # `Checkpoint` or path: where directions come from
@@ -315,13 +315,16 @@ def sweep(
     matrices=False,  # also return the table of all matrices
     progress=True,  # a progress bar over matrices
     options=None,  # of the method: name -> value
+    include=(),  # parts besides: 'embeddings', 'head'; see `recover`
 ) -> (
     pd.DataFrame
 ):  # k, restored, edit_norm, edit_norm_all, changed, energy_change (largest); sigma_change_of_norm, score
     "The edits of many sizes at little more than the price of one: factors once, each step from the one before."
+    told = dict(top=0.0, sigma=sigma, options=options, include=include)
     _can_be_sized(method)
-    told = dict(top=0.0, sigma=sigma, options=options)
     job = prepare(target, donor, method, layers, kinds, cache, certify, progress, **told)
+    if job.copied:
+        raise ValueError("include: norms and biases come whole, whatever k: leave them out here, recover takes them")
     score = score_command(score) if isinstance(score, str) else score
     found = _sweep(job, [_steps(min(m.shape), ks, band) for m in job.matrices], band, score, out)
     return found if matrices else found[0]
@@ -742,6 +745,10 @@ def _pair(args):
     return with_base(args.target, args.base), with_base(args.donor, args.base)
 
 # %% ../nbs/05a_sweep.ipynb #6025c06f
+_INCLUDE = (
+    "parts besides the matrices inside the layers, whatever --layers and --kinds say: embeddings and head are edited "
+    "like any matrix, norms and biases are taken from the donor whole"
+)
 _SIZE = "a share (0.2, 20%%) or a number of ranks (20, 20r); 100%% is all, 1r is one"
 
 
@@ -754,6 +761,7 @@ def recover_arguments(
     a("--top", help=f"leading ranks: {_SIZE}; the method's default when not given")
     a("--tail", default=0.0, help="trailing ranks, likewise")
     a("--bulk", default=0.0, help="ranks in the middle, likewise")
+    a("--include", nargs="+", default=[], metavar="PART", help=_INCLUDE)
     a("--alpha", help="for interpolate: 0 keeps the target, 1 gives the donor, beyond them it extrapolates")
     a("--seed", help="for a method with noise")
     a("--like", help="for a control of equal size: the method, or 'donor', whose edit size it takes")
@@ -798,7 +806,7 @@ def run_recover(
     "The command `recover`."
     _check_unused(args)
     ranks = {k: getattr(args, k) for k in ("top", "tail", "bulk")}
-    own = {k: getattr(args, k) for k in ("alpha", "seed", "like")}
+    own = {k: getattr(args, k) for k in ("alpha", "seed", "like", "include")}
     lora = dict(certify=args.certify, as_lora=args.as_lora or False, rank=args.rank)
     print(_written(recover(*_pair(args), args.out, args.method, **ranks, **own, **lora, **_told(args))))
 
@@ -815,15 +823,17 @@ def sweep_arguments(
     a("--score", help=_SCORE)
     a("--ks", nargs="+", default=KS, help=f"how many ranks, each {_SIZE}")
     a("--band", default="head", choices=list(SWEEP_BANDS), help="where in the spectrum")
+    beside = "parts besides, whatever --layers and --kinds say"
+    a("--include", nargs="+", default=[], choices=TABLES, help=beside)
     a("--certify", default="quick", choices=["full", "quick"], help="full measures the singular values of every result")
     a("--table", help="also write the table to this .csv or .parquet file")
 
-
+# %% ../nbs/05a_sweep.ipynb #e080d641
 def run_sweep(
     args,  # what the parser of `sweep_arguments` gave
 ) -> int:  # 1 when a score is missing
     "The command `sweep`."
-    own = dict(method=args.method, score=args.score, out=args.out, band=args.band, certify=args.certify)
+    own = {k: getattr(args, k) for k in ("method", "score", "out", "band", "certify", "include")}
     table = sweep(*_pair(args), args.ks, **own, **_told(args))
     print_table(table)
     if args.table:

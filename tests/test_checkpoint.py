@@ -19,7 +19,7 @@ from made import weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import checkpoint as module
-from gp_spectral.checkpoint import Checkpoint, as_checkpoint, describe, preflight, with_base
+from gp_spectral.checkpoint import Checkpoint, as_checkpoint, describe, part_of, preflight, with_base
 from gp_spectral.folders import CheckpointError
 
 torch.set_num_threads(1)
@@ -612,6 +612,48 @@ def test_tied_embeddings_once(tmp_path, families):
         assert preflight(a, b) == ["lm_head.weight: tied to the embeddings in one, stored in both"]
     with pytest.raises(CheckpointError, match="1 mismatches"):
         preflight(Checkpoint(tmp_path / "untied"), one)
+
+
+# --- parts
+
+
+def test_every_tensor_of_every_family_has_a_part(families):
+    expected = dict(llama=dict(embeddings=1, head=1, norms=5), gpt2=dict(embeddings=2, norms=5))
+    for family, parts in expected.items():
+        c = Checkpoint(families(family)[1])
+        found = {}
+        for n in c.names:
+            found.setdefault(part_of(n, c.shape(n)), []).append(n)
+        assert {p: len(found[p]) for p in parts} == parts, family
+        assert set(found.get("biases", [])) == {n for n in c.names if n.endswith("bias")}
+        inside = {m.tensor for m in c.matrices()}
+        assert set(found["rest"]) == inside  # nothing in these families is without a name
+        assert [m for m in c.matrices(include="embeddings") if m.layer is not None] == c.matrices()
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (11,), (1,), (), (3, 4, 5), (0, 5)])
+@pytest.mark.parametrize("chunk", [1, 6, 2**22])
+def test_blocks_are_the_tensor(tmp_path, monkeypatch, shape, chunk):
+    w = dict(x=torch.randn(shape), y=torch.zeros(2))
+    (tmp_path / "config.json").write_text("{}")
+    save_file(w, tmp_path / "model.safetensors")
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    blocks = list(Checkpoint(tmp_path).blocks("x"))
+    assert torch.equal(torch.cat([b.reshape(-1) for b in blocks]) if blocks else torch.zeros(0), w["x"].reshape(-1))
+    width = shape[-1] if len(shape) > 1 else 1
+    assert all(b.numel() <= max(chunk, width) and b.shape[1:] == shape[-1:] * (len(shape) > 1) for b in blocks)
+
+
+def test_blocks_of_what_is_not_plain(families, tmp_path):
+    "Of fp8 with its scale, and of a model in memory."
+    W = torch.randn(40, 6)
+    Q, scale = quantise(W)
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a.weight": Q, "a.weight_scale": scale.reshape(1)}, tmp_path / "model.safetensors")
+    c = Checkpoint(tmp_path)
+    assert torch.equal(torch.cat(list(c.blocks("a.weight"))), c.tensor("a.weight"))
+    live = Checkpoint(families("llama")[0])
+    assert all(torch.equal(torch.cat(list(live.blocks(n))), live.tensor(n)) for n in live.names)
 
 
 # --- fp8

@@ -17,7 +17,7 @@ from made import changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 
-from gp_spectral import angles as module, cli, jobs, svd
+from gp_spectral import angles as module, checkpoint, cli, jobs, svd
 from gp_spectral.angles import (
     band_slices,
     compare,
@@ -336,6 +336,101 @@ def test_unchanged_elements_are_counted_and_told(tmp_path, capsys):
     assert f"{row.median():.1%} of the numbers are equal" in (text := capsys.readouterr().out) and "swallowed" in text
 
 
+# --- what lies outside the matrices
+
+WORDS = "model.embed_tokens.weight"
+
+
+def three_rows(w, rows=(3, 7, 11)):
+    "Weights in which only some rows of the embeddings have moved, the first the furthest."
+    new = w[WORDS].clone()
+    for i, row in enumerate(rows):
+        new[row] += 3 - i
+    return w | {WORDS: new}
+
+
+def test_a_change_of_three_rows_lies_outside(tmp_path, capsys):
+    w = weights()
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", three_rows(w))
+    words = [f"w{i}" for i in range(30)]
+    vocabulary = dict(type="WordLevel", vocab={x: i for i, x in enumerate(words)}, unk_token="w0")
+    (b / "tokenizer.json").write_text(json.dumps(dict(version="1.0", added_tokens=[], model=vocabulary)))
+    found = compare_all([a, b], progress=False, cache=False)
+    parts = found.parts.set_index("part")
+    assert parts.share.to_dict() == parts.outside.to_dict() == dict(matrices=0.0, embeddings=1.0, norms=0.0)
+    size = (24 * (9 + 4 + 1)) ** 0.5
+    assert parts.change_norm["embeddings"] == pytest.approx(size, rel=1e-6)
+    assert parts.weight_change["embeddings"] == pytest.approx(size / float(w[WORDS].double().norm()), rel=1e-6)
+    assert found.rows.row.tolist() == [3, 7, 11] and found.rows.token.tolist() == ["w3", "w7", "w11"]
+    assert found.rows.share.tolist() == pytest.approx([9 / 14, 4 / 14, 1 / 14], rel=1e-6)
+    assert cli.main(["compare", str(a), str(b), "--out", str(tmp_path / "o"), "--cache", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "100% of ‖ΔW‖² lies outside the 12 matrices that were decomposed: embeddings 100%" in said
+    assert "--include embeddings" in said and "3 'w3' 64%, 7 'w7' 29%, 11 'w11' 7%" in said
+    same(read_comparison(tmp_path / "o"), found)
+    assert cli.main(f"compare {a} {b} --out {tmp_path / 'p'} --cache none --include embeddings".split()) == 0
+    said, tables = capsys.readouterr().out, read_comparison(tmp_path / "p")
+    assert "lies outside" not in said and WORDS in set(tables.angles.matrix)
+    parts = tables.parts.set_index("part")
+    assert parts.share["embeddings"] == 1 and parts.outside.sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_parts_are_all_of_the_change(tmp_path, monkeypatch, dtype):
+    w = weights(dtype=dtype) | {"model.layers.0.self_attn.q_proj.bias": gaussian(24).to(dtype)}
+    new = changed(w)
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", new)
+    delta = {n: new[n].double() - w[n].double() for n in w}
+    whole = sum(D.square().sum() for D in delta.values())
+    for chunk in (1, 50, 2**22):
+        monkeypatch.setattr(checkpoint, "CHUNK", chunk)
+        parts = compare_all([a, b], progress=False).parts.set_index("part")
+        assert list(parts.index) == ["matrices", "embeddings", "norms", "biases"]
+        assert parts.tensors.tolist() == [12, 1, 4, 1] and parts.weights.sum() == sum(D.numel() for D in delta.values())
+        assert parts.share.sum() == pytest.approx(1, abs=1e-12)
+        assert parts.change_norm.pow(2).sum() == pytest.approx(float(whole), rel=1e-12)
+        norms = sum(D.square().sum() for n, D in delta.items() if "norm" in n)
+        assert parts.share["norms"] == pytest.approx(float(norms / whole), rel=1e-12)
+    some = compare_all([a, b], progress=False, layers=[0]).parts.set_index("part")  # what was not chosen is the rest
+    assert some.tensors.to_dict() == dict(matrices=4, embeddings=1, norms=4, biases=1, rest=8)
+    assert some.share["rest"] + some.share["matrices"] == pytest.approx(parts.share["matrices"], rel=1e-12)
+
+
+def test_what_cannot_be_subtracted_is_counted(tmp_path, capsys):
+    w = weights()
+    longer = changed(w) | {WORDS: torch.cat([w[WORDS], w[WORDS][:2]])}
+    sick = changed(w) | {"model.norm.weight": torch.full((24,), torch.nan)}
+    a, b, c = (write(tmp_path / x, t) for x, t in zip("abc", (w, longer, sick)))
+    found = compare_all([a, b, c], progress=False)
+    parts = found.parts.set_index(["other", "part"])
+    assert parts.left_out.loc["b"].to_dict() == dict(matrices=0, embeddings=1, norms=0)
+    assert parts.tensors.loc["b", "embeddings"] == 0 and parts.share.loc["b"].sum() == pytest.approx(1)
+    assert parts.left_out.loc["c"].to_dict() == dict(matrices=0, embeddings=0, norms=1)
+    assert set(found.rows.other) == {"c"} and len(found.rows) == module.MOST_ROWS and set(found.rows.token) == {""}
+    module.print_comparison(found)
+    assert "not counted, being resized, held by one only or not finite: 1 of the embeddings" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight: \(30, 24\)"):
+        compare_all([a, b], include="embeddings", progress=False)
+    nothing = compare_all([a, a], [(0, 0)], progress=False)
+    assert nothing.parts.share.isna().all() and nothing.rows.empty
+    with pytest.raises(ValueError, match="include: norms are no matrices"):
+        compare_all([a, c], include=["embeddings", "norms"], progress=False)
+
+
+def test_tied_embeddings_count_once(tmp_path):
+    w = weights()
+    new, twice = changed(w), lambda x: x | {"lm_head.weight": x[WORDS].clone()}
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", new)
+    both = write(tmp_path / "a2", twice(w)), write(tmp_path / "b2", twice(new))
+    plain = compare_all([a, b], progress=False).parts.drop(columns=["base", "other"])
+    for x, y in ((both[0], both[1]), (a, both[1]), (both[0], b)):
+        pd.testing.assert_frame_equal(compare_all([x, y], progress=False).parts.drop(columns=["base", "other"]), plain)
+    head = write(tmp_path / "h", twice(w) | {"lm_head.weight": new[WORDS]})  # untied by training: against the table
+    parts = compare_all([a, head], progress=False).parts.set_index("part")
+    assert parts.share.to_dict() == dict(matrices=0, embeddings=0, head=1, norms=0)
+    assert parts.change_norm["head"] == pytest.approx(float((new[WORDS].double() - w[WORDS].double()).norm()))
+
+
 # --- which library, which precision
 
 
@@ -421,6 +516,9 @@ def trio(tmp_path_factory):
     return [str(write(d / n, changed(w, size, seed=size))) for n, size in (("base", 0), ("sft", 1), ("rl", 2))]
 
 
+WRITTEN = ["angles.parquet", "changes.parquet", "parts.parquet", "plan.json", "rows.parquet"]
+
+
 def same(a, b):
     for x, y in zip(a, b):
         pd.testing.assert_frame_equal(x, y, check_exact=True)
@@ -443,7 +541,7 @@ def test_killed_it_goes_on(trio, tmp_path):
     found = compare_all(trio, progress=False, out=out, cache=False)
     same(found, compare_all(trio, progress=False, cache=False, workers=1))
     same(found, read_comparison(out))
-    assert sorted(p.name for p in out.iterdir()) == ["angles.parquet", "changes.parquet", "plan.json"]
+    assert sorted(p.name for p in out.iterdir()) == WRITTEN
     with pytest.raises(CheckpointError, match="other details"):
         compare_all(trio, progress=False, out=out, details=False)
     with pytest.raises(CheckpointError, match="is no comparison"):
@@ -562,7 +660,7 @@ def test_killed_while_the_plan_was_written(trio, tmp_path, left):
         compare_all(trio, progress=False, out=out, cache=False, layers=[0]),
         compare_all(trio, progress=False, cache=False, layers=[0]),
     )
-    assert sorted(p.name for p in out.iterdir()) == ["angles.parquet", "changes.parquet", "plan.json"]
+    assert sorted(p.name for p in out.iterdir()) == WRITTEN
 
 
 def test_a_damaged_plan_is_named(trio, tmp_path):

@@ -16,7 +16,7 @@ import made
 from made import changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import load_file, save_file
 
-from gp_spectral import cli, recovery
+from gp_spectral import checkpoint, cli, recovery
 from gp_spectral.angles import principal_angles
 from gp_spectral.recovery import (
     METHODS,
@@ -613,12 +613,12 @@ def test_the_whole_way_goes_by_rows(tmp_path, monkeypatch):
     seen, norm = [], torch.Tensor.norm
     monkeypatch.setattr(torch.Tensor, "norm", lambda x, *a, **k: seen.append(x.numel()) or norm(x, *a, **k))
     for chunk in (1, 50, 10**9):
-        monkeypatch.setattr(recovery, "CHUNK", chunk)
+        monkeypatch.setattr(checkpoint, "CHUNK", chunk)
         seen.clear()
         assert whole_way(target, donor) == pytest.approx(truth, rel=1e-12)
         assert chunk == 10**9 or max(seen) <= max(chunk, 40)  # never more than the chunk, or one row
-    read, tensor = [], Checkpoint.tensor
-    monkeypatch.setattr(Checkpoint, "tensor", lambda c, n, *a, **k: read.append(n) or tensor(c, n, *a, **k))
+    read, blocks = [], Checkpoint.blocks
+    monkeypatch.setattr(Checkpoint, "blocks", lambda c, n, *a, **k: read.append(n) or blocks(c, n, *a, **k))
     known = {n: 0.0 for n in target.names[1:]}
     whole_way(target, donor, known)
     assert set(read) == {target.names[0]}
@@ -646,7 +646,7 @@ def test_an_embedding_is_no_reason_for_three_copies_in_float64(tmp_path):
         for x, v in (("a", 1.0), ("b", 2.0))
     ]
     done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, pair)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2 * 2 * n + 3 * 8 * recovery.CHUNK + (16 << 20)
+    assert int(done.stdout) < 2 * 2 * n + 3 * 8 * checkpoint.CHUNK + (16 << 20)
 
 
 def test_embeddings_of_unequal_size_are_told_before_the_work(tmp_path):
@@ -927,7 +927,7 @@ def child(tmp_path, code, ready, timeout=60):
 def test_killed_recovery_is_no_result(folders, tmp_path):
     code = f"""
 import time, torch; torch.set_num_threads(1)
-from gp_spectral import cli, recovery
+from gp_spectral import checkpoint, cli, recovery
 real, calls = recovery.certificate, []
 def slow(*args, **options):
     calls.append(1)
@@ -987,6 +987,161 @@ def test_overflow_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=f"{name}: the edit overflows"):
         recover(a, b, tmp_path / "out", "interpolate", alpha=-1.0, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+# --- parts besides the matrices inside the layers
+
+
+WORDS = "model.embed_tokens.weight"
+
+
+def moved_rows(w, rows=(3, 7, 11), dtype=None):
+    "Weights in which only some rows of the embeddings differ, as SFT leaves them."
+    new = w[WORDS].clone()
+    new[list(rows)] += 2.0
+    return w | {WORDS: new}
+
+
+def same_but(a, b, *names):
+    "Whether two checkpoints hold the same bytes, but for some tensors, all of which differ."
+    a, b = Checkpoint(a), Checkpoint(b)
+    return {n for n in a.names if not same_bytes(a, b, n)} == set(names)
+
+
+@pytest.mark.parametrize(
+    "method, options", [("anchored", dict(top=1.0, sigma="donor")), ("interpolate", dict(alpha=1.0))]
+)
+def test_rows_of_the_embeddings_come_back_when_they_are_included(tmp_path, method, options):
+    w = weights()
+    donor, target = write(tmp_path / "d", w), write(tmp_path / "t", moved_rows(w))
+    told = dict(method=method, progress=False, **options)
+    recover(target, donor, tmp_path / "without", **told)
+    assert same_but(tmp_path / "without", target)
+    record, _ = recovery_record(tmp_path / "without")
+    assert record["include"] == [] and record["edit_norm_all"] == 0
+    recover(target, donor, tmp_path / "with", include="embeddings", layers=[0], kinds="q_proj", **told)
+    assert same_but(tmp_path / "with", target, WORDS)
+    assert torch.allclose(Checkpoint(tmp_path / "with").tensor(WORDS), w[WORDS], atol=1e-5)
+    record, rows = recovery_record(tmp_path / "with")
+    assert record["include"] == ["embeddings"] and rows.matrix.tolist() == [
+        "model.layers.0.self_attn.q_proj.weight",
+        WORDS,
+    ]
+    assert record["edit_norm_all"] == pytest.approx(1, abs=1e-6)
+
+
+def test_embeddings_are_edited_as_any_matrix(checkpoints, tmp_path):
+    target, donor = checkpoints
+    recover(target, donor, tmp_path / "o", "anchored", top=0.3, include=["embeddings"], progress=False)
+    expected = edit_matrix("anchored", target.tensor(WORDS), donor.tensor(WORDS), top=0.3)
+    assert torch.equal(Checkpoint(tmp_path / "o").tensor(WORDS), expected)
+    recover(target, donor, tmp_path / "plain", "anchored", top=0.3, progress=False)
+    assert same_but(tmp_path / "o", tmp_path / "plain", WORDS)  # the others are as they were without
+
+
+def test_norms_and_biases_are_the_donors_whole(tmp_path):
+    w = weights() | {f"model.layers.{i}.self_attn.q_proj.bias": gaussian(24, seed=i).float() for i in range(3)}
+    donor, target = write(tmp_path / "d", w), write(tmp_path / "t", changed(w))
+    norms, biases = ([n for n in w if part in n] for part in ("norm", "bias"))
+    told = dict(top=0.0, progress=False)
+    recover(target, donor, tmp_path / "n", include="norms", **told)
+    assert same_but(tmp_path / "n", target, *norms)
+    assert all(same_bytes(Checkpoint(tmp_path / "n"), Checkpoint(donor), n) for n in norms)
+    recover(target, donor, tmp_path / "b", include=("biases", "norms"), layers=[1], **told)
+    inside = ["model.norm.weight", *(n for n in [*norms, *biases] if ".layers.1." in n)]
+    assert same_but(tmp_path / "b", target, *inside)
+    record, rows = recovery_record(tmp_path / "b")
+    assert record["include"] == ["norms", "biases"] and {*rows[rows.changed > 0].matrix} == {*inside}
+    moved = [(Checkpoint(target).tensor(n).double() - w[n].double()).norm() for n in inside]
+    way = whole_way(Checkpoint(target), Checkpoint(donor))
+    assert record["edit_norm_all"] == pytest.approx(float(torch.stack(moved).norm()) / way, rel=1e-6)
+    recover(target, donor, tmp_path / "noise", "random", like="donor", include="norms", progress=False)
+    assert recovery_record(tmp_path / "noise")[0]["norm_ratio"] == pytest.approx(1, abs=1e-3)  # of the matrices alone
+
+
+def test_a_reset_of_everything_is_the_donor(tmp_path):
+    w = weights(dtype=torch.bfloat16) | {"lm_head.weight": gaussian(30, 24, seed=9).bfloat16()}
+    donor, target = write(tmp_path / "d", w), write(tmp_path / "t", changed(w))
+    recover(target, donor, tmp_path / "all", "reset", include=("embeddings", "head", "norms"), progress=False)
+    assert same_but(tmp_path / "all", donor)
+    assert recovery_record(tmp_path / "all")[0]["edit_norm_all"] == 1.0
+    recover(target, donor, tmp_path / "some", "reset", layers=[0], include="head", progress=False)
+    assert same_but(tmp_path / "some", target, "lm_head.weight", *(n for n in w if ".layers.0." in n))
+
+
+@pytest.mark.parametrize("method", ["anchored", "reset"])
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_tied_embeddings_stay_tied(tmp_path, stored, method):
+    w = weights()
+    twice = lambda x: x | ({"lm_head.weight": x[WORDS].clone()} if stored == "twice" else {})
+    donor, target = write(tmp_path / "d", twice(w)), write(tmp_path / "t", twice(changed(w)))
+    recover(target, donor, tmp_path / "o", method, include="embeddings", progress=False)
+    found = Checkpoint(tmp_path / "o")
+    assert not torch.equal(found.tensor(WORDS), Checkpoint(target).tensor(WORDS))
+    assert stored == "once" or torch.equal(found.tensor("lm_head.weight"), found.tensor(WORDS))
+    record, rows = recovery_record(tmp_path / "o")
+    assert "lm_head.weight" not in set(rows.matrix)
+    way = [(Checkpoint(target).tensor(n).double() - w[n].double()).norm() for n in w]
+    edit = float(rows.edit.pow(2).sum() ** 0.5)
+    assert record["edit_norm_all"] == pytest.approx(edit / float(torch.stack(way).norm()), rel=1e-6)
+
+
+def test_what_include_refuses(folders, tmp_path):
+    w = weights()
+    big = w | {WORDS: torch.cat([w[WORDS]] * 2)}
+    for include, match in (
+        ("rows", "no part is called 'rows': expected some of embeddings, head, norms, biases"),
+        ("head", "has no head of its own: it is tied to the embeddings"),
+        (["norms", "biases"], "has no biases of its own .it has embeddings, norms"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            recover(*folders, tmp_path / "o", include=include, progress=False)
+    with pytest.raises(CheckpointError, match=WORDS):
+        recover(write(tmp_path / "a", w), write(tmp_path / "b", big), tmp_path / "o", include="embeddings")
+    for include in ("embeddings", "norms"):
+        with pytest.raises(ValueError, match=f"an adapter holds linear layers only, not {include}"):
+            recover(*folders, tmp_path / "o", include=include, as_lora=True, progress=False)
+    with pytest.raises(ValueError, match="norms and biases come whole"):
+        sweep(*folders, [0.1], include="norms", progress=False)
+    assert not (tmp_path / "o").exists() and not list(tmp_path.glob(".o*"))
+
+
+def test_a_head_of_its_own_is_included_in_an_adapter(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    told = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40, vocab_size=50)
+    for i, name in enumerate(("t", "d")):
+        torch.manual_seed(i)
+        LlamaForCausalLM(LlamaConfig(**told, tie_word_embeddings=False)).save_pretrained(tmp_path / name)
+    told = dict(top=0.3, include="head", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two models from two seeds are no relatives
+        recover(tmp_path / "t", tmp_path / "d", tmp_path / "lora", as_lora=True, **told)
+        recover(tmp_path / "t", tmp_path / "d", tmp_path / "whole", **told)
+    laid, whole = Checkpoint(tmp_path / "lora"), Checkpoint(tmp_path / "whole")
+    assert not torch.equal(whole.tensor("lm_head.weight"), Checkpoint(tmp_path / "t").tensor("lm_head.weight"))
+    assert all(torch.allclose(laid.tensor(n), whole.tensor(n), atol=1e-5) for n in whole.names)
+
+
+def test_a_sweep_includes_tables(folders, tmp_path):
+    table = sweep(*folders, [0.1, 0.3], "anchored", include="embeddings", out=tmp_path / "s", progress=False)
+    recover(*folders, tmp_path / "o", "anchored", top=0.3, include="embeddings", progress=False)
+    one, two = Checkpoint(tmp_path / "s" / "head-0.3"), Checkpoint(tmp_path / "o")
+    assert all(torch.allclose(one.tensor(n), two.tensor(n), atol=1e-5) for n in one.names)
+    record = recovery_record(tmp_path / "o")[0]
+    assert table.edit_norm_all.iloc[-1] == pytest.approx(record["edit_norm_all"], rel=1e-4)
+
+
+def test_include_on_the_command_line(tmp_path, capsys):
+    w = weights()
+    donor, target = write(tmp_path / "d", w), write(tmp_path / "t", moved_rows(w))
+    command = [str(target), "--donor", str(donor), "--out", str(tmp_path / "o"), "--cache", "none"]
+    words = ["--method", "interpolate", "--alpha", "1", "--include", "embeddings", "norms"]
+    assert cli.main(["recover", *command, *words]) == 0
+    assert "size of the edit 1.000 of the distance" in capsys.readouterr().out
+    assert same_but(tmp_path / "o", donor)
+    assert cli.main(["recover", *command[:-3], str(tmp_path / "x"), "--include", "words"]) == 2
+    assert "no part is called 'words'" in capsys.readouterr().err
 
 
 # --- methods of one's own
