@@ -26,9 +26,10 @@ from .env import GeneralPoints
 from .grpo import GRPOConfig
 from .ppo import PPOConfig
 from .sft import SFTConfig
+from .twins import RFTConfig
 
 # %% ../nbs/06_preset.ipynb #bb368897
-_TRAININGS = dict(sft=SFTConfig, ppo=PPOConfig, grpo=GRPOConfig)
+_TRAININGS = dict(sft=SFTConfig, ppo=PPOConfig, grpo=GRPOConfig, rft=RFTConfig)
 SHARED = ("lora", "dtype", "precision", "gradient_checkpointing")  # of the model, the same in all trainings
 _SAID_ELSEWHERE = ("seed", "n_eval", "max_new_tokens", "scale_rewards", "loss_type")
 _SHORTER = dict(batch_size="batch")
@@ -38,7 +39,7 @@ def _keys():
     "{key: (training, setting)} of all settings that have a key of their own."
     keys, of_ppo = {}, {s.name for s in fields(PPOConfig)}
     for training, config in _TRAININGS.items():
-        without = {*SHARED, *_SAID_ELSEWHERE} | (of_ppo if training == "grpo" else set())
+        without = {*SHARED, *_SAID_ELSEWHERE} | (set() if training in ("sft", "ppo") else of_ppo)
         own = [s for s in fields(config) if s.name not in without]
         keys |= {f"{training}_{_SHORTER.get(s.name, s.name)}": (training, s) for s in own}
     return keys
@@ -132,7 +133,9 @@ class Preset(_Measured, _Trainings, Game):
     teach_examples: int = option(4000, "different examples of that", least=1)
     teach_lr: float = option(2e-4, "its learning rate", above=0)
     sft_rules: str = option("one", "many: SFT under other readings of J, Q, K in each problem", choices=("one", "many"))
-    rl: str = option("ppo", "grpo and rloo take what they know of the keys of ppo", choices=("ppo", "grpo", "rloo"))
+    rl: str = option(
+        "ppo", "the others take what they know of the keys of ppo; rft: no RL", choices=("ppo", "grpo", "rloo", "rft")
+    )
     twins: tuple[str, ...] = option(
         ("constant", "worked", "rft"), "what stands beside RL from SFT_End", choices=("constant", "worked", "rft")
     )
@@ -180,17 +183,28 @@ def ppo(self: Preset) -> PPOConfig:
 @patch(as_prop=True)
 def grpo(self: Preset) -> GRPOConfig:
     "The settings of GRPO or RLOO: what they know of PPO's, and their own."
-    known = {s.name for s in fields(GRPOConfig)}
-    return _training(self, "grpo", **{k: v for k, v in _said(self, "ppo").items() if k in known})
+    return _training(self, "grpo", **_known(self, GRPOConfig))
+
+
+@patch(as_prop=True)
+def rft(self: Preset) -> RFTConfig:
+    "The settings of rejection fine-tuning: what it knows of PPO's."
+    return _training(self, "rft", **_known(self, RFTConfig))
+
+
+def _known(preset, config):
+    "What a class of settings knows of PPO's."
+    names = {s.name for s in fields(config)}
+    return {k: v for k, v in _said(preset, "ppo").items() if k in names}
 
 # %% ../nbs/06_preset.ipynb #2620a183
 @patch
 def rl_config(
     self: Preset,
     seed: int = 0,  # of sampling
-) -> PPOConfig | GRPOConfig:
+) -> PPOConfig | GRPOConfig | RFTConfig:
     "The settings of the preset's RL, whichever it is."
-    return replace(self.ppo if self.rl == "ppo" else self.grpo, seed=seed)
+    return replace(getattr(self, "grpo" if self.rl == "rloo" else self.rl), seed=seed)
 
 
 @patch(as_prop=True)

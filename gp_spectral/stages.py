@@ -39,6 +39,7 @@ from .preset import SHARED, Game, Preset, read_preset
 from .recovery import METHODS, load_methods, recover, recovery_record
 from .sft import SFTConfig, pick, sft_dataset, train_sft
 from .svd import spectrum
+from .twins import Altered, answerable, train_rft
 
 # %% ../nbs/06a_stages.ipynb #4aece201
 def versions() -> dict:  # {package: version}
@@ -135,20 +136,8 @@ def clock(
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-# %% ../nbs/06a_stages.ipynb #16b5f8fc
-class _OtherHands:
-    "A task but for its hands."
-
-    def __init__(self, task):
-        self.task = task
-
-    def __getattr__(self, name):
-        if name == "task":
-            raise AttributeError(name)  # of a copy that is not filled yet
-        return getattr(self.task, name)
-
 # %% ../nbs/06a_stages.ipynb #11483071
-class BothRules(_OtherHands):
+class BothRules(Altered):
     "The game under both rules in turn, on the hands of the split `pretrain`: what SFT can then forget."
 
     def __init__(
@@ -172,16 +161,8 @@ class BothRules(_OtherHands):
         dealt = [t.problems("pretrain" if split == "train" else split, -(-n // 2), seed, distinct) for t in self.tasks]
         return [p for pair in zip(*dealt) for p in pair][:n]
 
-# %% ../nbs/06a_stages.ipynb #5e2c02a1
-def _answerable(task, problem):
-    "Whether the task's form of an answer can express one: SFT was not given the others either."
-    try:
-        return bool(task.answer(problem))
-    except ValueError:
-        return False
-
 # %% ../nbs/06a_stages.ipynb #460c8b58
-class Unseen(_OtherHands):
+class Unseen(Altered):
     "A task whose training hands are those that SFT was not given: RL then learns on what the model cannot recite."
 
     def __init__(
@@ -212,7 +193,7 @@ def problems(
     dealt = []
     for part in range(100):
         new = self.task.problems("train", 4 * n, f"{seed}:unseen:{part}")
-        dealt += [p for p in new if p.key not in self.seen and _answerable(self.task, p)]
+        dealt += [p for p in new if p.key not in self.seen and answerable(self.task, p)]
         if len(dealt) >= n:
             return dealt[:n]
     raise ValueError("rl_hands = unseen: SFT is given all hands of the split; set sft_hands to fewer")
@@ -323,7 +304,7 @@ def check(self: Study):
     resolve(preset.model)
     resolve_precision(preset.precision)
     config = preset.rl_config()
-    if preset.rl == "ppo":
+    if preset.rl in ("ppo", "rft"):
         check_ppo(config)
     else:
         check_grpo(config, world().num_processes)
@@ -371,8 +352,9 @@ def rl_from(
         task = Unseen(task, p.sft.examples, seed, p.sft.hands)
     told = dict(eval_tasks=self.tasks, eval_every=max(1, p.ppo_iterations // 4), n_eval=p.curve_problems)
     told |= dict(progress=self.progress, trackers=self.trackers)
-    if p.rl == "ppo":
-        return train_ppo(model, out, task, config, keep=p.ppo_keep, **told)
+    if p.rl in ("ppo", "rft"):
+        train = train_ppo if p.rl == "ppo" else train_rft
+        return train(model, out, task, config, keep=p.ppo_keep, **told)
     return train_grpo(model, out, task, config, method=p.rl, **told)
 
 # %% ../nbs/06a_stages.ipynb #726b5403
@@ -413,7 +395,7 @@ def rl(
 ) -> Path:
     "One stage of RL."
     start, p = self.sft_step(seed, step), self.preset
-    asked = _depends(self, "ppo", "curve", *(() if p.rl == "ppo" else ("grpo",)), seed=seed, step=step)
+    asked = _depends(self, "ppo", "curve", *(() if p.rl in ("ppo", "rft") else ("grpo",)), seed=seed, step=step)
     if p.rl_hands != "train":
         asked["rl_hands"] = p.rl_hands
     for key in ("ppo_starts", "ppo_save_every", "ppo_vllm"):

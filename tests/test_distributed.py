@@ -302,7 +302,7 @@ def test_deepspeed_equals_one_process(tmp_path):
     ).all()  # the norm before clipping, which has something to do
     for name in ("lr", "optimizer_steps", "reward", "length"):
         assert (a[name] == b[name]).all(), name
-    with pytest.raises(AssertionError, match="ValueError: train_ppo cannot play .* ZeRO-3"):
+    with pytest.raises(AssertionError, match="ValueError: a training cannot play .* ZeRO-3"):
         run(tmp_path, "three", "ppo", "zero3")
 
 

@@ -442,8 +442,8 @@ BUGS = {
     "values of the state after the token": (
         ActorCritic,
         "forward",
-        "self.value_head(hidden[before])",
-        "self.value_head(hidden[chosen])",
+        "self._values(out, inputs, before)",
+        "self._values(out, inputs, chosen)",
         "scorer llama",
     ),
     "the scorer forgets the temperature": (ActorCritic, "forward", ".float() / temperature", ".float()", "sampler"),
@@ -502,8 +502,8 @@ BUGS = {
     "whitened over padding": (ppo, "whiten", "x[mask if over is None else over]", "x.flatten()", "whitening"),
     "scored at another temperature": (ppo, "_score_together", "config.temperature", "1.0", "first step"),
     "a mean of means over pieces": (
-        ppo,
-        "_piece_loss",
+        ppo.Learner,
+        "piece_loss",
         "e.ref_logp, n, e.values",
         "e.ref_logp, None, e.values",
         "pieces",
