@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -119,7 +119,7 @@ class Cell:
     what: str  # its word in the progress; the first part is its kind: 'sft', 'ppo 80', 'recovery'
     folder: Path  # the stage's folder: there when the cell is finished
     needs: tuple  # folders of other cells, which must be finished first
-    run: Callable  # without arguments; returns at once where the stage is finished
+    run: Callable = field(compare=False)  # without arguments; returns at once where the stage is finished
 
     def __str__(self):
         return f"{'base' if self.seed is None else f'seed {self.seed}'}, {self.what}"
