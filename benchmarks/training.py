@@ -4,11 +4,13 @@
     python benchmarks/training.py rollout [MODEL]  # tokens per second: ours, model.generate
     python benchmarks/training.py kept [MODEL]  # tokens per second: keys and values kept between attempts, or not
     python benchmarks/training.py ppo [MODEL] --peer-python PEER  # seconds per iteration: train_ppo, TRL's
+    python benchmarks/training.py study [MODEL]  # a whole study: one worker, several
 
 MODEL is a checkpoint folder; the default is the small model of the package. Each prints a table and puts it into
 benchmarks/results.md, and the numbers behind it into results.json; `--smoke` runs everything once, in the smallest
 size, and only prints. On one thread (the default) processor time is counted, on several (`--threads`) what the clock
-says.
+says. `study` tells both: what the clock says, which other work on the machine changes, and processor time of all
+processes, which it hardly does.
 
 TRL dropped `PPOTrainer` after 1.12, so it runs in an environment of its own. PEER is that environment's python;
 these versions fit together:
@@ -40,6 +42,7 @@ import argparse
 import inspect
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -834,6 +837,74 @@ def ppo(a):
     )
 
 
+# --- a study
+
+
+# a quarter of the preset tiny, or so
+QUARTER = dict(
+    test_problems=100,
+    retry_problems=25,
+    curve_problems=50,
+    sft_steps=80,
+    sft_points=4,
+    ppo_iterations=6,
+    ppo_samples=96,
+    ppo_minibatch=48,
+    tops="0.1 0.2",
+    recovery_problems=75,
+)
+SMOKE = QUARTER | dict(
+    test_problems=8,
+    retry_problems=4,
+    curve_problems=8,
+    sft_steps=4,
+    sft_points=1,
+    ppo_iterations=1,
+    ppo_samples=16,
+    ppo_minibatch=16,
+    recovery_problems=8,
+)
+
+
+def whole_study(a, workers):
+    "(seconds, processor seconds of all processes) of the command, in a folder of its own."
+    sizes = (SMOKE if a.smoke else QUARTER) | dict(model=a.model, style=a.style)
+    settings = [x for k, v in sizes.items() for x in ("--set", f"{k}={v}")]
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "gp_spectral", "study", "--seeds", str(a.seeds), "--workers", str(workers)]
+        before, begun = spent(), time.perf_counter()
+        done = subprocess.run([*command, *settings, "--out", out], capture_output=True, text=True)
+        seconds = time.perf_counter() - begun
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return seconds, spent() - before
+
+
+def study(a):
+    "The same study with one worker and with more, in turn."
+    counts = (1, a.workers)
+    name = lambda n: f"{n} worker{'s' * (n > 1)}"
+    seconds, spent = ({name(n): [] for n in counts} for _ in range(2))
+    for repeat in range(a.repeats):
+        for n in counts:
+            for kept, value in zip((seconds, spent), whole_study(a, n)):
+                kept[name(n)].append(value)
+        told = "; ".join(f"{n} {s[-1]:.0f} s, CPU {spent[n][-1]:.0f} s" for n, s in seconds.items())
+        print(f"repeat {repeat + 1}: {told}", flush=True)
+    one = name(1)
+    rows = [
+        (n, spread(s), ratios(seconds[one], s), spread(spent[n]), ratios(spent[n], spent[one]), ratios(spent[n], s))
+        for n, s in seconds.items()
+    ]
+    head = ("what", "seconds, median [range]", "throughput, × 1 worker", "CPU seconds", "× 1 worker", "cores kept busy")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = f"{a.seeds} seeds of about a quarter of the preset `tiny`, from the start of the command to its report; "
+    words += f"{a.repeats} repeats, in turn, one thread a worker, {cores} cores."
+    raw = dict(seconds=seconds, cpu_seconds=spent, sizes=QUARTER)
+    write(f"A study, with one worker and with {a.workers}", table(head, rows), words, raw, PACKAGES, not a.smoke)
+
+
 def limit_threads(n):
     import torch
 
@@ -842,8 +913,8 @@ def limit_threads(n):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = p.add_subparsers(dest="what", required=True, metavar="sft | rollout | kept | ppo")
-    for name in ("sft", "rollout", "kept", "ppo"):
+    sub = p.add_subparsers(dest="what", required=True, metavar="sft | rollout | kept | ppo | study")
+    for name in ("sft", "rollout", "kept", "ppo", "study"):
         c = sub.add_parser(name)
         c.add_argument("model", nargs="?", default="tiny", help="checkpoint folder; default: the model of the package")
         c.add_argument("--repeats", type=int, default=5)
@@ -858,6 +929,9 @@ def main():
         if name == "sft":
             c.add_argument("--steps", type=int, default=20, help="timed steps of a repeat")
             c.add_argument("--batch", type=int, default=32)
+        elif name == "study":
+            c.add_argument("--seeds", type=int, default=2)
+            c.add_argument("--workers", type=int, default=2, help="against one")
         else:
             c.add_argument("--samples", type=int, default=192, help="conversations")
             c.add_argument("--tokens", type=int, default=0, help="of an answer at most; 0 asks the task")

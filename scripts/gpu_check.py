@@ -622,6 +622,8 @@ def smollm2(out, a):
             "study",
             "--preset",
             "smollm2-gpu",
+            "--workers",
+            "1",
             "--out",
             str(out),
             *(x for k, v in overrides.items() for x in ("--set", f"{k}={v}")),

@@ -145,15 +145,17 @@ elif what == "study":
     import pandas as pd
     from gp_spectral.cli import main
     from gp_spectral.preset import load_preset
-    from gp_spectral.stages import Study, in_one_process, share_work, stage
+    from gp_spectral.stages import Cell, Study, in_one_process, share_work, stage
 
     root, ran = Path(out), []
 
-    def one(folder):
-        ran.append(stage(folder / "sft", dict(seed=folder.name), ["tiny"], lambda part: None))
+    def one(seed, needs=()):
+        folder = root / str(seed) / "sft"
+        run = lambda: ran.append(stage(folder, dict(seed=seed), ["tiny"], lambda part: None))
+        return Cell(seed, "sft", folder, needs, run)
 
-    share_work([root / "0", root / "1"], one)
-    assert ran == [root / "0/sft", root / "1/sft"]
+    share_work([one(0, (root / "1/sft",)), one(1)])  # the first needs the second
+    assert ran == [root / "1/sft", root / "0/sft"]
     in_one_process(
         lambda: pd.DataFrame([dict(step=s, rule="OOD", set="validation", rate=0.5) for s in (0, 320)]).to_parquet(
             root / "0/sft/curve.parquet"

@@ -2,20 +2,25 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import pandas as pd
+import psutil
 import pytest
+import torch
 from gp_spectral.folders import write_json
 from gp_spectral import stages
+from gp_spectral import study as work_module
 from gp_spectral.cli import main
 from gp_spectral.preset import load_preset, read_preset, settings_table
 from gp_spectral.report import write_report
 from gp_spectral.stages import Study, Unseen, recovery_plan
-from gp_spectral.study import _Progress
+from gp_spectral.study import _how_many, _Progress, _threads
+from gp_spectral.study import study as run_study
 
 LITTLE = dict(
     test_problems=24,
@@ -31,19 +36,19 @@ LITTLE = dict(
     recovery_problems=16,
     test_attempts=2,
 )
-COMMAND = ["study", "--seeds", "1", *(x for k, v in LITTLE.items() for x in ("--set", f"{k}={v}"))]
+COMMAND = ["study", "--seeds", "1", "--workers", "1", *(x for k, v in LITTLE.items() for x in ("--set", f"{k}={v}"))]
 
 
 def start(out, *more, log="log.txt"):
-    "The study in a process of its own, always with the same number of threads: other tests may have changed theirs."
+    "The study in a process of its own."
     with open(out / log, "a") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "gp_spectral", *COMMAND, *more, "--out", str(out)], stdout=log, stderr=log, cwd=out
         )
 
 
-def complete(out):
-    assert start(out).wait() == 0, (out / "log.txt").read_text()[-3000:]
+def complete(out, *more):
+    assert start(out, *more).wait() == 0, (out / "log.txt").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_it_goes_on(finished, tmp_path, kills):
     for moment in range(kills):
-        process, begun = start(tmp_path), time.time()
+        process, begun = start(tmp_path, "--workers", "2"), time.time()
         while process.poll() is None and time.time() - begun < 6 + 25 * (moment + 1) / kills:
             time.sleep(0.2)
         if process.poll() is not None:
@@ -64,11 +69,134 @@ def test_killed_it_goes_on(finished, tmp_path, kills):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert moment or process.returncode == -signal.SIGKILL  # at least the first kill came in time
-    complete(tmp_path)
+    complete(tmp_path, "--workers", "2")
     for name in ("evaluations", "losses", "sigma", "angles", "recovery", "recovery_answers", "sft_curve", "ppo_curve"):
         a, b = (pd.read_parquet(root / "tables" / f"{name}.parquet") for root in (finished, tmp_path / "tiny"))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_number_of_workers_changes_nothing(finished, tmp_path):
+    "Two workers write the files that one process writes: the same tables and the same weights, to the bit."
+    before, torch_threads = (finished / "0/sft/record.json").read_bytes(), torch.get_num_threads()
+    overrides = {k: str(v) for k, v in LITTLE.items()}
+    run_study("tiny", 1, tmp_path, overrides, progress=False, workers=2)
+    two = tmp_path / "tiny"
+    files = lambda root, kind: sorted(p.relative_to(root) for p in root.rglob(kind))
+    assert files(finished, "*") == files(two, "*")  # no claim, no half-made folder is left
+    for name in files(finished, "*.parquet"):
+        if name.name not in ("times.parquet", "log.parquet"):
+            pd.testing.assert_frame_equal(*(pd.read_parquet(x / name) for x in (finished, two)), check_exact=True)
+    assert len(weights := files(finished, "*.safetensors")) == 8
+    assert all((finished / name).read_bytes() == (two / name).read_bytes() for name in weights)
+    assert (finished / "0/sft/record.json").read_bytes() == before and torch.get_num_threads() == torch_threads
+
+
+SMALL_WORK = """
+"A study of seven cells that are done in no time, and what can happen in one of them."
+import json, os, signal, sys, time
+from pathlib import Path
+from gp_spectral import study
+from gp_spectral.preset import Preset
+from gp_spectral.stages import Cell, Study
+
+MODE = os.environ.get("MODE")
+
+
+def run(folder):
+    with open(folder.parent / "pids", "a") as pids:
+        print(folder.name, os.getpid(), file=pids)
+    if MODE == "dies" and folder.name == "c" and not (folder.parent / "died").exists():
+        (folder.parent / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if MODE == "all die" and folder.name in "bcde":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if MODE == "fails" and folder.name == "c":
+        raise ValueError("the hand is empty")
+    if MODE == "hangs" and folder.name in "bc":
+        time.sleep(600)
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "record.json").write_text(json.dumps(dict(seconds=1)))
+
+
+def work(self, abreast=False):
+    at = lambda names: tuple(self.root / name for name in names)
+    cell = lambda name, needs: Cell(0, name, *at(name), at(needs), lambda: run(*at(name)))
+    return [cell("a", ""), *(cell(name, "a") for name in "bcdef"), cell("g", "bcdef")]
+
+
+Study.work, Study.estimate = work, lambda self: {}
+study._WORKER = "from small import study; study._work()"
+if __name__ == "__main__":
+    whole = Study(Preset(), sys.argv[1], 1)
+    study._run(whole, 2, 1, study._Progress(whole, study._say, 2))
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    "Starts two workers on the small work, in which something happens."
+    (tmp_path / "small.py").write_text(SMALL_WORK)
+    (tmp_path / "run").mkdir()
+
+    def start(mode):
+        command = [sys.executable, str(tmp_path / "small.py"), str(tmp_path / "run")]
+        env = os.environ | dict(MODE=mode)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    return start
+
+
+def met(tmp_path):
+    "(name, pid) of each cell that was run, in order."
+    file = tmp_path / "run" / "pids"
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def alive(pids):
+    return [p for p in map(int, pids) if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_worker_that_is_killed(small, tmp_path):
+    "The other one goes on, also with what the killed one was at, and a note says so."
+    out, errors = (process := small("dies")).communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "at seed 0, c, was killed by signal 9; the others go on" in errors
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("seed 0")][0] == "a"
+    assert sorted(line.split()[2] for line in out.splitlines() if line.startswith("seed 0")) == list("abcdefg")
+    (tmp_path / "run" / "died").unlink()
+    (tmp_path / "run" / "pids").unlink()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == list("abcdefg")
+
+
+def test_no_worker_is_left(small):
+    _, errors = (process := small("all die")).communicate(timeout=300)
+    assert process.returncode == 1 and "ChildProcessError: all workers have been killed" in errors
+
+
+def test_an_error_in_a_worker(small, tmp_path):
+    "It is told with its place, and stops the other worker."
+    _, errors = (process := small("fails")).communicate(timeout=300)
+    assert process.returncode == 1 and "at seed 0, c:\nTraceback" in errors and "in run" in errors
+    assert errors.rstrip().endswith("ValueError: seed 0, c: the hand is empty")
+    assert not alive(pid for _, pid in met(tmp_path)) and not (tmp_path / "run" / "g").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_one_that_started_them(small, tmp_path, how):
+    process = small("hangs")
+    while {name for name, _ in met(tmp_path)} < {"a", "b", "c"}:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    pids = {pid for _, pid in met(tmp_path)}
+    assert len(alive(pids)) == 2
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    end = time.time() + 30
+    while alive(pids) and time.time() < end:
+        time.sleep(0.2)
+    assert not alive(pids) and process.returncode != 0
 
 
 @pytest.mark.slow
@@ -121,6 +249,7 @@ def test_the_report_can_be_made_again(finished, tmp_path):
         (["study", "--set", "sft_lr=fast"], "sft_lr = 'fast'"),
         (["study", "--set", "model=nowhere"], "nowhere is not a folder"),
         (["study", "--seeds", "0"], "at least 1"),
+        (["study", "--workers", "0"], "workers is 0: expected at least 1"),
         (["study", "--set", "test_attempts=0"], "test_attempts = 0"),
         (["study", "--set", "ppo_lr=nan"], "ppo_lr = nan"),
         (["study", "--set", "band=0.7"], "band = 0.7"),
@@ -311,30 +440,58 @@ def test_a_study_finds_what_the_preset_says(finished, tmp_path):
 def test_forecast(tmp_path):
     "Teaching is counted once for all seeds, and no more when it is done; what stages took corrects the rest."
     said, preset = [], load_preset("tiny", dict(teach_steps="5"))
-    bar = lambda seeds=2: _Progress(Study(preset, tmp_path, seeds), lambda text, **k: said.append(text))
-    assert [s for s, _ in bar().left].count("") == 1 and len(bar().left) == 11
-    new = bar()
-    new.guess = new.study.stage_seconds(0.1, 0.01)
-    whole = new.to_go()
-    (tmp_path / "taught").mkdir()
-    write_json(dict(seconds=2 * new.guess["taught"]), tmp_path / "taught" / "record.json")
-    assert len(bar().left) == 10
-    new.done("", "taught", tmp_path / "taught")
-    rest = whole - new.guess["taught"]
-    assert new.to_go() == pytest.approx(2 * rest) and said[-1].startswith("base    taught")
-    new = bar(5)
-    new.guess = new.study.stage_seconds(0.1, 0.01)
-    one = rest / 2
-    new.elsewhere(0)
-    new.elsewhere(0)
-    new.here(1)  # two are taken, of three more each process gets half
-    assert (
-        new.to_go() == pytest.approx(one * (1 + 3 / 2)) and said[-1] == "seed 0  another process is at it" != said[-2]
+    finish = lambda cell, seconds: (
+        cell.folder.mkdir(parents=True) or write_json(dict(seconds=seconds), cell.folder / "record.json")
     )
-    (tmp_path / "0/recovery").mkdir(parents=True)  # the other has done what it was at
-    assert new.to_go() == pytest.approx(one * 4)
-    new.here(0)  # it had not, and was killed: its seed is to be run here
-    assert new.to_go() == pytest.approx(one * 5)
+
+    def bar(seeds=2, workers=1):
+        made = _Progress(Study(preset, tmp_path, seeds), said.append, workers)
+        made.guess = made.study.stage_seconds(0.1, 0.01)
+        return made
+
+    new = bar()
+    assert [c.what for c in new.left].count("taught") == 1 and len(new.left) == 2 + 2 * 7
+    whole, taught = new.to_go(), new.left[0]
+    assert whole == pytest.approx(sum(new.guess[c.kind] for c in new.left))
+    finish(taught, 2 * new.guess["taught"])
+    assert len(bar().left) == 15
+    new.done(taught)
+    new.done(taught)
+    rest = whole - new.guess["taught"]
+    assert new.to_go() == pytest.approx(2 * rest) and said[-1].startswith("base    taught") and len(said) == 1
+    assert bar(workers=2).to_go() == pytest.approx(rest / 2)
+    guess, one = new.guess, bar(1)
+    chain = guess["sft"] + guess["ppo"] + guess["evaluations"]  # however many workers: these wait for each other
+    assert bar(1, workers=99).to_go() == pytest.approx(chain)
+    asked, sft = one.left[:2]
+    one.elsewhere(sft)
+    one.elsewhere(sft)  # one is taken, of what is free each process gets half
+    free = sum(guess[c.kind] for c in one.left) - guess["sft"]
+    assert said[-1].split() == "seed 0 sft another process is at it".split() and len(said) == 2
+    assert one.to_go() == pytest.approx(max(free / 2, chain))
+    one.begins(sft)  # the other was killed: its stage is to be run here
+    assert one.to_go() == pytest.approx(free + guess["sft"], rel=0.01)
+    one.leaves(sft)
+    finish(sft, guess["sft"])
+    one.done(sft)
+    assert one.to_go() == pytest.approx(free)
+
+
+def test_as_many_workers_as_there_is_room_and_work_for(tmp_path, monkeypatch):
+    study, few = Study(load_preset("tiny"), tmp_path, 1), 791_168
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(work_module, "_cores", lambda: 6)
+    monkeypatch.setattr(work_module, "_memory", lambda: 64 << 30)
+    assert _how_many(study, None, few) == 4 == _how_many(study, 99, few)  # a seed's RL from three starts, and recovery
+    assert _how_many(Study(study.preset, tmp_path, 3), None, few) == 6 and _how_many(study, 1, few) == 1
+    assert _how_many(Study(study.preset, tmp_path, 3), None, 1_000_000_000) == 2  # of 33 GiB each
+    assert (_threads(few, 6), _threads(few, 1), _threads(10**9, 1)) == (1, 1, None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert _threads(10**9, 2) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _how_many(study, None, few) == 1 and _threads(few, 1) is None
+    with pytest.raises(ValueError, match="workers is 0"):
+        _how_many(study, 0, few)
 
 
 def test_rl_is_dealt_hands_that_sft_has_not_seen():
