@@ -766,11 +766,13 @@ def _rest_fault(held, words):
     return "form" if stated is None else "" if Counter(stated) == held else "bookkeeping"
 
 # %% ../nbs/00_env.ipynb #9020e22b
-def _walk(numbers, text):
+def _walk(numbers, target, text):
     "The first fault of a compact answer behind the numbers of its cards."
     held, parts = Counter(numbers), [p for p in text[:MAX_COMPACT].split(";")[1:] if p.strip()]
     for part in parts:
         found = (_step_fault if "=" in part else _rest_fault)(held, part.split())
+        if found == "arithmetic" and held.total() == 2 and part.split()[-1] == str(target):
+            return "search"  # nothing led to the target, and the last step says that it did
         if found:
             return found
     return "search" if any("=" in part for part in parts) else "form"
@@ -793,4 +795,4 @@ def fault(
         return "form"
     if stated != list(problem.numbers):
         return "reading"
-    return _PAPER_FAULTS[feedback.error] if self.style == "paper" else _walk(problem.numbers, text)
+    return _PAPER_FAULTS[feedback.error] if self.style == "paper" else _walk(problem.numbers, problem.target, text)

@@ -90,20 +90,20 @@ class Game(_Keyed):
     cards: int = option(4, "in a hand", least=1)
     target: str = option("24", "a number, or a range such as 10-30: each problem has one that its hand can reach")
     style: str = option("compact", "of prompt and answer: compact or paper")
-    sft_splits: tuple[str, ...] = option(("train",), "splits whose hands SFT is dealt: train, pretrain")
-    rl_splits: tuple[str, ...] = option(("train",), "splits whose hands RL is dealt: train, pretrain")
     max_new_tokens: int = option(0, "the longest answer; 0: the style's own limit", least=0)
 
-    def tasks(self) -> dict:  # {'ID': task, 'OOD': task}
+    def tasks(
+        self,
+        splits: tuple = ("train",),  # whose hands training is dealt
+    ) -> dict:  # {'ID': task, 'OOD': task}
         "The game under both rules; a `ValueError` where there is no such game."
         try:
             target = tuple(int(x) for x in self.target.split("-")) if "-" in self.target else int(self.target)
         except ValueError:
             raise ValueError(f"target = {self.target!r}: expected a number, or a range such as 10-30") from None
-        return {
-            name: GeneralPoints(rule, target, self.cards, self.style, max_new_tokens=self.max_new_tokens or None)
-            for name, rule in (("ID", self.id_rule), ("OOD", self.ood_rule))
-        }
+        told = dict(max_new_tokens=self.max_new_tokens or None, train_splits=splits)
+        rules = dict(ID=self.id_rule, OOD=self.ood_rule)
+        return {name: GeneralPoints(rule, target, self.cards, self.style, **told) for name, rule in rules.items()}
 
 # %% ../nbs/06_preset.ipynb #a9da05df
 @dataclass(frozen=True)
@@ -125,13 +125,14 @@ class _Measured(_Keyed):
 class Preset(_Measured, _Trainings, Game):
     "Every setting of a study; `settings_table` explains them."
 
-    seeds: int = option(3, "independent repetitions of everything behind the base", least=1)
+    seeds: int = option(3, "independent repetitions of everything behind the base, or behind each of them", least=1)
     note: str = option("", "what readers of the report have to know")
     teach_steps: int = option(
         0, "steps of SFT under both rules first, for a model that does not know the game", least=0
     )
     teach_examples: int = option(4000, "different examples of that", least=1)
     teach_lr: float = option(2e-4, "its learning rate", above=0)
+    sft_splits: tuple[str, ...] = option(("train",), "whose hands SFT is dealt", choices=("train", "pretrain"))
     sft_rules: str = option("one", "many: SFT under other readings of J, Q, K in each problem", choices=("one", "many"))
     rl: str = option(
         "ppo", "the others take what they know of the keys of ppo; rft: no RL", choices=("ppo", "grpo", "rloo", "rft")
@@ -139,6 +140,7 @@ class Preset(_Measured, _Trainings, Game):
     twins: tuple[str, ...] = option(
         ("constant", "worked", "rft"), "what stands beside RL from SFT_End", choices=("constant", "worked", "rft")
     )
+    rl_splits: tuple[str, ...] = option(("train",), "whose hands RL is dealt", choices=("train", "pretrain"))
     rl_hands: str = option("train", "unseen: those that SFT was not given", choices=("train", "unseen"))
     ppo_starts: tuple[float, ...] = option((0.25, 1.0, 2.0), "where RL starts, in shares of sft_steps", above=0)
     ppo_keep: tuple[int, ...] = option((), "rounds of PPO whose policy is kept beside the last", least=1)
@@ -147,6 +149,8 @@ class Preset(_Measured, _Trainings, Game):
         super().__post_init__()
         if self.rl_hands == "unseen" and not self.sft_hands:
             self.refuse("rl_hands", "train, or a number of sft_hands that leaves hands unseen")
+        if self.rl_hands == "unseen" and self.rl_splits != self.sft_splits:
+            self.refuse("rl_hands", "train where rl_splits are not sft_splits: SFT was not given those")
         if not self.tops:
             self.refuse("tops", "at least one share of the ranks")
         if 1.0 not in self.ppo_starts:
@@ -202,9 +206,11 @@ def _known(preset, config):
 def rl_config(
     self: Preset,
     seed: int = 0,  # of sampling
+    rl: str | None = None,  # ppo, grpo, rloo or rft; None: what the preset says
 ) -> PPOConfig | GRPOConfig | RFTConfig:
     "The settings of the preset's RL, whichever it is."
-    return replace(getattr(self, "grpo" if self.rl == "rloo" else self.rl), seed=seed)
+    rl = rl or self.rl
+    return replace(getattr(self, "grpo" if rl == "rloo" else rl), seed=seed)
 
 
 @patch(as_prop=True)

@@ -40,7 +40,7 @@ from .play import evaluate, play, success_table
 from .preset import Preset, load_preset, preset_arguments, preset_of, setting_argument, setting_help
 from .report import claims_rows, write_report
 from .sft import pick
-from .stages import Study, clock, in_one_process, recovery_plan, share_work
+from .stages import SAMPLES, Study, clock, in_one_process, recovery_plan, share_work
 
 # %% ../nbs/06c_study.ipynb #d720eeaa
 def _timed(action):
@@ -54,7 +54,7 @@ def _timed(action):
 def _speeds(study):
     "(seconds for an answer, seconds for a training example) on this machine; 0, 0 for a model that is too large."
     preset, task, few = study.preset, study.tasks["ID"], 8
-    model, tokenizer = load_model(preset.model, dtype=preset.dtype)
+    model, tokenizer = load_model(study.models[0], dtype=preset.dtype)
     if sum(p.numel() for p in model.parameters()) > 1e9:
         return 0.0, 0.0
     seconds, _ = _timed(lambda: play(model, tokenizer, task, task.problems("train", few)))
@@ -73,26 +73,38 @@ def _points(preset):
     return preset.sft_points + len(preset.ppo_starts) + len(preset.sft_at) + 1
 
 
+def _asked(p, several):
+    "Answers of one checkpoint under both rules; `several`: also with several attempts."
+    ways = p.forced_problems + SAMPLES * p.sampled_problems + several * p.retry_problems * p.test_attempts
+    return 2 * (p.test_problems + ways)
+
+
 def _answers(p):
     "{kind: answers for one cell} of a preset."
     starts, edits = len(p.ppo_starts), len(recovery_plan(p.tops, p.band)) + 2
-    return dict(
+    rounds = p.ppo_iterations * p.ppo_samples + 10 * p.curve_problems
+    answers = dict(
         taught=9 * p.curve_problems if p.teach_steps else 0,
         sft=3 * p.curve_problems * _points(p),
-        asked=2 * (p.test_problems + p.retry_problems * p.test_attempts),
+        asked=_asked(p, True),
+        twin=rounds,
         recovery=edits * 2 * p.recovery_problems,
-        evaluations=2 * (1 + 2 * starts) * p.test_problems + 7 * p.retry_problems * p.test_attempts,
         spectra=2 * p.test_problems,  # not measured: about as long as asking one checkpoint
-    ) | {p.rl: p.ppo_iterations * p.ppo_samples + 10 * p.curve_problems}
+    )
+    others = 4 * (starts - 1) * p.test_problems
+    answers["evaluations"] = 3 * _asked(p, True) + len(p.twins) * _asked(p, False) + others
+    return answers | {p.rl: rounds}
 
 
 def _examples(p):
     "{kind: training examples for one cell} of a preset."
+    rounds = p.ppo_iterations * p.ppo_samples * (p.ppo_epochs + 0.4)
     return dict(
         taught=p.sft_batch * p.teach_steps,
         sft=p.sft_batch * max(p.sft_steps, *p.start_steps),
+        twin=rounds,
         evaluations=_points(p) * p.curve_problems,
-    ) | {p.rl: p.ppo_iterations * p.ppo_samples * (p.ppo_epochs + 0.4)}
+    ) | {p.rl: rounds}
 
 # %% ../nbs/06c_study.ipynb #d01755b1
 @patch
@@ -204,9 +216,9 @@ def done(self: _Progress, cell):
 SMALL = 20_000_000  # weights: a model with fewer is computed with by one thread
 
 
-def _weights(preset):
-    "The number of weights of the preset's model, read from the headers of its files."
-    model = Checkpoint(resolve(preset.model))
+def _weights(study):
+    "The number of weights of the study's model, read from the headers of its files."
+    model = Checkpoint(resolve(study.models[0]))
     return sum(math.prod(model.shape(name)) for name in model.names)
 
 
@@ -565,7 +577,7 @@ def _report(study, command):
 
 def _run_and_report(study, workers, say, command):
     "All that is left of a study, the report included."
-    weights = _weights(study.preset)
+    weights = _weights(study)
     count = _how_many(study, workers, weights)
     threads = study.at_once = _threads(weights, count)
     with _computing_with(threads):
@@ -599,7 +611,9 @@ def study(
     if chosen.note:
         say(f"note: {chosen.note}")
     extra = "".join(f" --set {k}={v}" for k, v in (overrides or {}).items())
-    _run_and_report(whole, workers, say, f"gp-spectral study --preset {name} --seeds {len(whole.seeds)}{extra}")
+    _run_and_report(
+        whole, workers, say, f"gp-spectral study --preset {name} --seeds {len(whole.seeds) // len(whole.models)}{extra}"
+    )
     say(f"\n{_claims_text(root)}\nThe report: {root / 'report.html'}")
     return root / "report.html"
 

@@ -214,6 +214,9 @@ FAULTY = [
     ("compact", "J 5 A Q = 11 5 1 12 ; 11 - 1 = 10 ; 5 10", "bookkeeping"),
     ("compact", "J 5 A Q = 11 5 1 12 ; 11 - 1 = 10 ; 5 10 12 ; 10 * 12 = 110", "arithmetic"),
     ("compact", "J 5 A Q = 11 5 1 12 ; 11 / 5 = 2", "arithmetic"),
+    ("compact", "J 5 A Q = 11 5 1 12 ; 12 + 11 = 23 ; 1 5 23 ; 23 + 1 = 24 ; 5 24 ; 5 + 24 = 24", "search"),
+    ("compact", "J 5 A Q = 11 5 1 12 ; 12 + 11 = 23 ; 1 5 23 ; 23 + 1 = 24 ; 5 24 ; 5 + 24 = 28", "arithmetic"),
+    ("compact", "J 5 A Q = 11 5 1 12 ; 12 + 11 = 24 ; 1 5 24", "arithmetic"),  # not the last step
     ("compact", "J 5 A Q = 11 5 1 12 ; 11 - 1 = 10 ; 10 - 5 = 5 ; 5 - 5 = 0", "bookkeeping"),
     ("compact", "J 5 A Q = 11 5 1 12 ; 5 - 5 = 0 ; 11 / 0 = 0", "bookkeeping"),
     ("compact", "J 5 A Q = 11 5 1 12 ; 12 + 11 = 23 ; 1 5 23 ; 23 + 1 = 24", "search"),  # the 5 is left over
