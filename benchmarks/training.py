@@ -844,6 +844,8 @@ def ppo(a):
 QUARTER = dict(
     test_problems=100,
     retry_problems=25,
+    forced_problems=50,
+    sampled_problems=12,
     curve_problems=50,
     sft_steps=80,
     sft_points=4,
@@ -856,6 +858,7 @@ QUARTER = dict(
 SMOKE = QUARTER | dict(
     test_problems=8,
     retry_problems=4,
+    sampled_problems=2,
     curve_problems=8,
     sft_steps=4,
     sft_points=1,

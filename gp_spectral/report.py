@@ -922,6 +922,16 @@ def plot_recovery_bars(
     return ax
 
 # %% ../nbs/06b_report.ipynb #00c3df5c
+def _twins_figure(tables, rl):
+    return (
+        f"Is it {rl.upper()}? The same start and the same prompts, without rewards",
+        "What each training adds to SFT_End, problem by problem: bars with 95 % intervals, dots seeds. "
+        f"{rl.upper()} on a constant reward learns from nothing, SFT goes on with right answers, RFT is SFT on the "
+        "model's own right answers.",
+        plot_twins(tables, rl)[0].figure,
+    )
+
+
 def _training_figures(tables, end, rl):
     yield (
         "What training does to success, and to the loss",
@@ -933,13 +943,8 @@ def _training_figures(tables, end, rl):
         "SFT_MaxOOD and SFT_End were picked on validation hands; these hands chose nothing. Dots are seeds.",
         plot_success(tables).figure,
     )
-    yield (
-        f"Is it {rl.upper()}? The same start and the same prompts, without rewards",
-        "What each training adds to SFT_End, problem by problem: bars with 95 % intervals, dots seeds. "
-        f"{rl.upper()} on a constant reward learns from nothing, SFT goes on with right answers, RFT is SFT on the "
-        "model's own right answers.",
-        plot_twins(tables, rl)[0].figure,
-    )
+    if set(TWINS) & set(tables["evaluations"].checkpoint):
+        yield _twins_figure(tables, rl)
     yield (
         f"{rl.upper()} from too short, right and too long an SFT",
         f"Each mark is a seed. {rl.upper()} sees hands of the ID rule only.",

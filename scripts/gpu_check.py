@@ -592,6 +592,7 @@ TOY = dict(
     max_new_tokens=0,
     test_problems=12,
     retry_problems=4,
+    sampled_problems=2,
     curve_problems=8,
     test_attempts=2,
     ppo_iterations=2,

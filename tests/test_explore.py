@@ -18,6 +18,8 @@ def test_slider_draws_a_new_picture(lab, tmp_path_factory):
         overrides=dict(
             test_problems="16",
             retry_problems="4",
+            sampled_problems="4",
+            twins="",
             curve_problems="8",
             sft_steps="4",
             sft_points="1",

@@ -126,7 +126,9 @@ EDITS = (
         "interpolate_to_norm 10%": (0.35, 0.6),
         "interpolate_to_norm 20%": (0.4, 0.55),
         "interpolate_to_norm 40%": (0.5, 0.45),
+        "anchored 20% + embeddings": (0.66, 0.7),
         "reset first 25%": 0.56,
+        "reset first 100%": 0.6,
         "reset last 25%": 0.2,
         "sigma_only 100%": 0.21,
     }
@@ -210,7 +212,7 @@ def test_primary_verdicts_answer_for_each_other():
 def with_twins(rates, tables):
     "The tables with the gate open, and with checkpoints of these rates among the answers."
     at = dict(edits={"target": 0.2}, seeds=6, hands=600, seed=5)
-    more = made_up(rates, **at)["evaluations"]
+    more = made_up(rates, **at)["evaluations"] if rates else None
     gate = pd.DataFrame([dict(seed=s, start=x, success=0.3, n=192) for s in range(6) for x in (10, 20, 40)])
     return tables | dict(evaluations=pd.concat([tables["evaluations"], more]), gate=gate)
 

@@ -25,6 +25,7 @@ from gp_spectral.study import study as run_study
 LITTLE = dict(
     test_problems=24,
     retry_problems=8,
+    sampled_problems=4,
     curve_problems=16,
     sft_steps=6,
     sft_points=2,
