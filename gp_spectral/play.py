@@ -287,9 +287,8 @@ def play(
     batches = _batches(episodes, size, lambda n: n)
     keep = sampler is generate and attempts > 1 and _keeps(model, len(batches))
     for k, batch in enumerate(batches if keep else [episodes], 1):
-        ask, active = partial(answers, Kept() if keep else sampler), {i: episodes[i] for i in batch}
-        name = f"{shown} ({k}/{len(batches)})" if shown and keep else shown
-        _attempts(active, attempts, ask, task, tokenizer, size, together, name)
+        ask, name = partial(answers, Kept() if keep else sampler), shown and shown + f" ({k}/{len(batches)})" * keep
+        _attempts({i: episodes[i] for i in batch}, attempts, ask, task, tokenizer, size, together, name)
     return _joined(episodes, ranks)
 
 # %% ../nbs/00e_play.ipynb #44850a8f

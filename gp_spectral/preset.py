@@ -120,18 +120,11 @@ class _Measured(_Keyed):
     tops: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "shares of the ranks to restore", above=0, most=1)
     recovery_problems: int = option(300, "of the split `test`, per rule and repair", least=1)
 
-# %% ../nbs/06_preset.ipynb #8b48ba7f
+# %% ../nbs/06_preset.ipynb #4043cb4f
 @dataclass(frozen=True)
-class Preset(_Measured, _Trainings, Game):
-    "Every setting of a study; `settings_table` explains them."
+class _Arms(_Keyed):
+    "What SFT and RL are given, and what stands beside RL."
 
-    seeds: int = option(3, "independent repetitions of everything behind the base, or behind each of them", least=1)
-    note: str = option("", "what readers of the report have to know")
-    teach_steps: int = option(
-        0, "steps of SFT under both rules first, for a model that does not know the game", least=0
-    )
-    teach_examples: int = option(4000, "different examples of that", least=1)
-    teach_lr: float = option(2e-4, "its learning rate", above=0)
     sft_splits: tuple[str, ...] = option(("train",), "whose hands SFT is dealt", choices=("train", "pretrain"))
     sft_rules: str = option("one", "many: SFT under other readings of J, Q, K in each problem", choices=("one", "many"))
     rl: str = option(
@@ -142,6 +135,19 @@ class Preset(_Measured, _Trainings, Game):
     )
     rl_splits: tuple[str, ...] = option(("train",), "whose hands RL is dealt", choices=("train", "pretrain"))
     rl_hands: str = option("train", "unseen: those that SFT was not given", choices=("train", "unseen"))
+
+# %% ../nbs/06_preset.ipynb #8b48ba7f
+@dataclass(frozen=True)
+class Preset(_Arms, _Measured, _Trainings, Game):
+    "Every setting of a study; `settings_table` explains them."
+
+    seeds: int = option(3, "independent repetitions of everything behind the base, or behind each of them", least=1)
+    note: str = option("", "what readers of the report have to know")
+    teach_steps: int = option(
+        0, "steps of SFT under both rules first, for a model that does not know the game", least=0
+    )
+    teach_examples: int = option(4000, "different examples of that", least=1)
+    teach_lr: float = option(2e-4, "its learning rate", above=0)
     ppo_starts: tuple[float, ...] = option((0.25, 1.0, 2.0), "where RL starts, in shares of sft_steps", above=0)
     ppo_keep: tuple[int, ...] = option((), "rounds of PPO whose policy is kept beside the last", least=1)
 

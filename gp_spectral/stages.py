@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+# %% ../nbs/06a_stages.ipynb #b17bda48
 from .angles import compare_all
 from .book import claimed, write_table
 from .checkpoint import Checkpoint

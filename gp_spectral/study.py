@@ -95,7 +95,7 @@ def _answers(p):
     answers["evaluations"] = 3 * _asked(p, True) + len(p.twins) * _asked(p, False) + others
     return answers | {p.rl: rounds}
 
-
+# %% ../nbs/06c_study.ipynb #2451ff07
 def _examples(p):
     "{kind: training examples for one cell} of a preset."
     rounds = p.ppo_iterations * p.ppo_samples * (p.ppo_epochs + 0.4)

@@ -128,7 +128,7 @@ EDITS = (
         "interpolate_to_norm 40%": (0.5, 0.45),
         "anchored 20% + embeddings": (0.66, 0.7),
         "reset first 25%": 0.56,
-        "reset first 100%": 0.6,
+        "reset first 100%": 0.5,
         "reset last 25%": 0.2,
         "sigma_only 100%": 0.21,
     }
