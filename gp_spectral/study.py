@@ -638,7 +638,7 @@ def study_arguments(
     setting_argument(parser, "rl")
     parser.add_argument("--seeds", type=int, help=setting_help("seeds"))
     parser.add_argument("--out", default="runs", help="the run folder is OUT/PRESET")
-    parser.add_argument("--workers", type=int, help=_WORKERS)
+    parser.add_argument("--workers", type=int, metavar="N", help=_WORKERS)
     _trackers(parser)
 
 
