@@ -211,6 +211,11 @@ elif what in ("grpo", "rloo"):
 
     policy = getattr(getattr(AcceleratorState(), "fsdp_plugin", None), "mixed_precision_policy", None)
     assert policy is None or policy.output_dtype is None and policy.reduce_dtype == torch.float32
+elif what == "rft":
+    from gp_spectral.twins import RFTConfig, train_rft
+
+    config = RFTConfig(iterations=2, samples=11, minibatch=7, microbatch=2, attempts=2, lr=3e-5)
+    train_rft("tiny", out, ID, config, {"OOD": OOD}, 1, 10, progress=False)
 else:
     train_ppo(
         "tiny",
@@ -290,6 +295,18 @@ def test_ppo_equals_one_process(tmp_path, alone, what, how, processes):
     for name in ("policy_loss", "value_loss", "kl_ref", "entropy"):
         assert (a[name] - b[name]).abs().max() < 1e-4, name
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(many / "curve.parquet"))
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=slow)])
+def test_rejection_fine_tuning_equals_one_process(tmp_path, alone, how):
+    "What is kept of a minibatch divides even less."
+    one, two = alone("rft"), run(tmp_path, "two", "rft", how)
+    assert furthest(one / "checkpoint", two / "checkpoint") < 1e-6 < 1e-5 < furthest(one / "checkpoint", TINY)
+    a, b = pd.read_parquet(one / "log.parquet"), pd.read_parquet(two / "log.parquet")
+    same = ["reward", "success", "length", "attempts", "kept", "tokens", "optimizer_steps"]
+    assert (a[same] == b[same]).all().all() and (a.tokens > 0).all()
+    assert (a[["loss", "grad_norm"]] - b[["loss", "grad_norm"]]).abs().max().max() < 1e-5
+    pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(two / "curve.parquet"))
 
 
 def test_deepspeed_equals_one_process(tmp_path):
