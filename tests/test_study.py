@@ -225,7 +225,7 @@ def test_a_log_file_is_not_filled_with_progress(finished):
 
 def test_report_opens_offline(finished):
     page = (finished / "report.html").read_text()
-    assert "://" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 8
+    assert "://" not in page and "href=" not in page and "<script" not in page and page.count("<img") == 9
 
 
 def test_the_report_can_be_made_again(finished, tmp_path):
