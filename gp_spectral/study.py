@@ -40,7 +40,7 @@ from .play import evaluate, play, success_table
 from .preset import Preset, load_preset, preset_arguments, preset_of, setting_argument, setting_help
 from .report import claims_rows, write_report
 from .sft import pick
-from .stages import SAMPLES, Study, clock, in_one_process, recovery_plan, share_work
+from .stages import SAMPLES, Study, clock, in_one_process, no_signal, recovery_plan, share_work
 
 # %% ../nbs/06c_study.ipynb #d720eeaa
 def _timed(action):
@@ -158,6 +158,13 @@ class _Progress:
 def _whose(cell):
     return "base" if cell.seed is None else f"seed {cell.seed}"
 
+# %% ../nbs/06c_study.ipynb #260b720b
+def _lost(cell):
+    "What a line says of an RL that had nothing to learn from."
+    first = pd.read_parquet(cell.folder / "log.parquet").query("round == 1").success
+    why = no_signal(first.mean())
+    return f"; no signal: {why}" if why else ""
+
 # %% ../nbs/06c_study.ipynb #51acab87
 @patch
 def start(self: _Progress):
@@ -210,7 +217,8 @@ def done(self: _Progress, cell):
         self.took.setdefault(cell.kind, []).append(seconds)
     rest = self.to_go()
     since = clock(time.time() - self.begun) + " since the start" + (f", about {_span(rest)} to go" if rest else "")
-    self.say(f"{_whose(cell):6}  {cell.what:12} {seconds:6.0f} s   ({since})")
+    lost = _lost(cell) if cell.kind == self.study.preset.rl else ""
+    self.say(f"{_whose(cell):6}  {cell.what:12} {seconds:6.0f} s   ({since}){lost}")
 
 # %% ../nbs/06c_study.ipynb #aac94db3
 SMALL = 20_000_000  # weights: a model with fewer is computed with by one thread

@@ -30,6 +30,7 @@ LITTLE = dict(
     sft_steps=6,
     sft_points=2,
     sft_examples=64,
+    ppo_starts="0.25 1.0 2.0",
     ppo_iterations=3,
     ppo_samples=24,
     ppo_minibatch=24,
@@ -287,7 +288,7 @@ def test_a_settings_file_in_the_working_directory(tmp_path, monkeypatch, capsys)
     assert main(["study"]) == 2
     assert "settings.ini [DEFAULT]: unknown key 'sft_stpes': did you mean sft_steps?" in capsys.readouterr().err
     (tmp_path / "settings.ini").write_text("[mine]\nextends = tiny\nsft_lr = 1e-4\n")
-    assert load_preset("mine").sft.lr == 1e-4 and load_preset("tiny").sft.lr == 2e-3
+    assert load_preset("mine").sft.lr == 1e-4 and load_preset("tiny").sft.lr == 7e-4
 
 
 def test_other_settings_are_refused(finished, capsys):
@@ -479,11 +480,12 @@ def test_forecast(tmp_path):
 
 
 def test_as_many_workers_as_there_is_room_and_work_for(tmp_path, monkeypatch):
-    study, few = Study(load_preset("tiny"), tmp_path, 1), 791_168
+    study, few = Study(load_preset("tiny", dict(ppo_starts="0.25 1.0 2.0")), tmp_path, 1), 791_168
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(work_module, "_cores", lambda: 6)
     monkeypatch.setattr(work_module, "_memory", lambda: 64 << 30)
-    assert _how_many(study, None, few) == 4 == _how_many(study, 99, few)  # a seed's RL from three starts, and recovery
+    assert _how_many(study, 99, few) == 7  # a seed's RL from three starts, three twins, and recovery
+    assert _how_many(study, None, few) == 6
     assert _how_many(Study(study.preset, tmp_path, 3), None, few) == 6 and _how_many(study, 1, few) == 1
     assert _how_many(Study(study.preset, tmp_path, 3), None, 1_000_000_000) == 2  # of 33 GiB each
     assert (_threads(few, 6), _threads(few, 1), _threads(10**9, 1)) == (1, 1, None)
