@@ -865,6 +865,9 @@ SMOKE = QUARTER | dict(
     ppo_iterations=1,
     ppo_samples=16,
     ppo_minibatch=16,
+    ppo_starts="1.0",
+    tops="0.2",
+    test_attempts=1,
     recovery_problems=8,
 )
 
