@@ -922,7 +922,8 @@ def _twins_figure(tables, rl):
     return (
         f"Is it {rl.upper()}? The same start and the same prompts, without rewards",
         "What each training adds to SFT_End, problem by problem: bars with 95 % intervals, dots seeds. "
-        f"{rl.upper()} on a constant reward learns from nothing, SFT goes on with right answers, RFT is SFT on the "
+        f"{rl.upper()} on a constant reward shows what its machinery does when rewards say nothing. SFT goes on with "
+        "right answers. RFT is SFT on the "
         "model's own right answers.",
         plot_twins(tables, rl)[0].figure,
     )
