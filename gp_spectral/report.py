@@ -721,7 +721,7 @@ def _plot_loss_curve(ax, losses, **labels):
 def plot_training(
     tables,  # {name: table} of a study: sft_curve, losses, ppo_curve
     end,  # the SFT step of SFT_End
-    rl="ppo",  # what the RL was: ppo, grpo or rloo
+    rl="ppo",  # what the RL was: ppo, grpo, rloo or rft
     axes=None,  # three axes to draw on
 ) -> np.ndarray:  # the axes
     "Success and loss along SFT, and success along RL from SFT_End: thin lines seeds, thick their mean."
@@ -797,7 +797,7 @@ def plot_twins(
 def plot_starts(
     tables,  # {name: table} of a study: evaluations, ppo_curve
     end,  # the SFT step of SFT_End
-    rl="ppo",  # what the RL was: ppo, grpo or rloo
+    rl="ppo",  # what the RL was: ppo, grpo, rloo or rft
     ax=None,  # to draw on
 ) -> plt.Axes:
     "OOD test success of the starts of RL, and after RL, by the step of SFT; marks are seeds, lines join means."
@@ -999,7 +999,7 @@ def figures(
     tables,  # {name: table} of a study
     end,  # the SFT step of SFT_End
     band,  # share of the ranks in head and tail, and that the edits restore
-    rl="ppo",  # what the RL was: ppo, grpo or rloo
+    rl="ppo",  # what the RL was: ppo, grpo, rloo or rft
     paths=None,  # {name: checkpoint folder} of the first seed, for the one picture that needs weights
 ) -> list:  # [(title, how to read it, figure), …]
     "The pictures of the report, in its order; their windows are closed."
