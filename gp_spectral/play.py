@@ -229,7 +229,8 @@ def _keeps(model, batches):
     if net is None or is_sharded(model) or (batches > 1 and model.device.type != "cpu"):
         return False
     config, cached = net.config, "past_key_values" in inspect.signature(net.forward).parameters
-    if not cached or config.get_text_config(decoder=True) is not config:
+    looks = getattr(config, "cross_attention_layers", None)  # at images: without one such a layer keeps nothing
+    if not cached or looks or config.get_text_config(decoder=True) is not config:
         return False
     stretched = any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("dynamic", "longrope"))
     return not stretched and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

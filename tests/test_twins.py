@@ -293,5 +293,6 @@ def test_a_study_with_rejection_fine_tuning(tmp_path, monkeypatch):
     study.check()
     study.rl_from("tiny", tmp_path / "x", 5)
     [(args, more)] = asked
-    assert args == ("tiny", tmp_path / "x", study.tasks["ID"], config) and more["keep"] == (2,)
+    assert args[:2] == ("tiny", tmp_path / "x") and repr(args[2]) == repr(study.rl_task(5))
+    assert args[3] == config and more["keep"] == (2,)
     assert study.rl_folder(5, 320) == tmp_path / "5/rft-00320"
