@@ -12,6 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from gp_spectral.folders import write_json
 from gp_spectral import stages
 from gp_spectral import study as work_module
@@ -25,7 +26,8 @@ from gp_spectral.study import study as run_study
 LITTLE = dict(
     test_problems=24,
     retry_problems=8,
-    sampled_problems=4,
+    forced_problems=8,
+    sampled_problems=2,
     curve_problems=16,
     sft_steps=6,
     sft_points=2,
@@ -55,10 +57,18 @@ def complete(out, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("study")
-    complete(out)
-    return out / "tiny"
+def finished(tmp_path_factory, worker_id):
+    "A study, run once for all workers of pytest, of which each has a copy."
+    own = tmp_path_factory.mktemp("study")
+    if worker_id == "master":
+        complete(own)
+        return own / "tiny"
+    shared = tmp_path_factory.getbasetemp().parent / "study"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "tiny/report.html").exists():
+            shared.mkdir(exist_ok=True)
+            complete(shared)
+    return shutil.copytree(shared, own, dirs_exist_ok=True) / "tiny"
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
