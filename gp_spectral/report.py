@@ -205,6 +205,11 @@ def _by_unit(rows, unit):
     "Rows as `two_way` wants them, the independent units in the place of seeds."
     return rows.assign(seed=rows.seed.map(unit))
 
+
+def _mean_of(by_problem, unit):
+    "Estimate: the mean of a number per seed and problem, such as a difference of answers."
+    return contrast(_by_unit(by_problem.rename("x").reset_index(), unit), "x")
+
 # %% ../nbs/06b_report.ipynb #a2908754
 class _Evidence:
     "The tables of a study, as the claims ask for them."
@@ -223,13 +228,13 @@ class _Evidence:
 
     def above(self, a, b, rule="OOD"):
         "Estimate: success of checkpoint a above that of b, on the same problems."
-        return contrast(self.answers(rule, difference=lambda x: x[a] - x[b]), "difference")
+        answers = self.by_checkpoint.xs(rule, axis=1, level="rule").dropna(how="all")  # the other rule has other hands
+        return _mean_of(answers[a] - answers[b], self.unit)
 
     def edit_above(self, a, b, rule="OOD"):
         "Estimate: success after edit a above that after edit b."
         answers = self.by_edit[rule]
-        difference = _answers_of(answers, a) - _answers_of(answers, b)
-        return contrast(_by_unit(answers.assign(difference=difference).reset_index(), self.unit), "difference")
+        return _mean_of(_answers_of(answers, a) - _answers_of(answers, b), self.unit)
 
     def given_back(self, edit):
         "Estimate: share of the OOD loss that an edit gives back, gain over all seeds by loss over all seeds."
@@ -241,10 +246,14 @@ class _Evidence:
         return interval(by_seed.groupby(self.unit).mean())
 
 # %% ../nbs/06b_report.ipynb #b5c9e0ff
-def _rate(rows, column, checkpoint, rule):
+def _answers_at(table, name, rule):
+    "Rows of a checkpoint under a rule; none where there is no such table."
+    return table[(table.checkpoint == name) & (table.rule == rule)] if table is not None else pd.DataFrame()
+
+
+def _rate(table, column, checkpoint, rule):
     "Per seed: the mean of a column of true and false."
-    asked = rows[(rows.checkpoint == checkpoint) & (rows.rule == rule)]
-    return asked.groupby("seed")[column].mean()
+    return _answers_at(table, checkpoint, rule).groupby("seed")[column].mean()
 
 
 def _reading_and_skill(evidence, a, b, rule="OOD"):
@@ -345,8 +354,7 @@ def _beside_twins(evidence):
         text = f"RL gives back more OOD success than {TWINS[twin]} on the same prompts"
         yield _row("C2", text, evidence.above("rl", twin))
     text = "RL has more OOD success than plain interpolation that keeps as much ID success"
-    rows = _above_the_line(evidence, *_answers_by_rule(evidence, "rl"))
-    yield _row("C2", text, contrast(_by_unit(rows, evidence.unit), "difference"))
+    yield _row("C2", text, _above_the_line(evidence, *_answers_by_rule(evidence, "rl")))
 
 # %% ../nbs/06b_report.ipynb #61e955b6
 def _parts_of_the_gain(evidence):
@@ -527,15 +535,15 @@ def _answers_by_rule(evidence, checkpoint):
 
 
 def _above_the_line(evidence, own_id, own_ood):
-    "A row per seed and OOD problem: a model's answer, less interpolation where that has the model's ID success."
+    "Estimate: a model's OOD success, less that of interpolation where it has the model's ID success."
     ids, oods, rows = evidence.by_edit["ID"], evidence.by_edit["OOD"], []
     points = _points_of_the_line(oods)
     for seed in evidence.seeds:
         x, ood = ids.xs(seed)[points].mean().tolist(), oods.xs(seed, drop_level=False)
         i, w = _crossing(x, ood[points].mean().tolist(), own_id.xs(seed).mean())
         line = (1 - w) * ood[points[i]] + w * ood[points[i + 1]]
-        rows.append((own_ood.xs(seed, drop_level=False) - line).rename("difference"))
-    return pd.concat(rows).reset_index()
+        rows.append(own_ood.xs(seed, drop_level=False) - line)
+    return _mean_of(pd.concat(rows), evidence.unit)
 
 # %% ../nbs/06b_report.ipynb #717351d2
 def _beside_the_matrices(evidence):
@@ -571,8 +579,8 @@ def _claim_6(evidence):
     anchored = edit_name("anchored", evidence.band)
     line = edit_name("interpolate_to_norm", evidence.band)
     text = "the anchored merge gives back more OOD success than plain interpolation that keeps as much ID success"
-    rows = _above_the_line(evidence, *(_answers_of(evidence.by_edit[rule], anchored) for rule in ("ID", "OOD")))
-    yield _row("C6", text, contrast(_by_unit(rows, evidence.unit), "difference"), primary=True)
+    answers = (_answers_of(evidence.by_edit[rule], anchored) for rule in ("ID", "OOD"))
+    yield _row("C6", text, _above_the_line(evidence, *answers), primary=True)
     yield _row("C6", "the anchored merge gives back OOD success (− SFT_End)", evidence.edit_above(anchored, "target"))
     text = "and takes no ID success (− SFT_End)"
     yield _row("C6", text, evidence.edit_above(anchored, "target", "ID"), -MARGIN)
@@ -767,8 +775,8 @@ def _since_the_end(tables, name, rule):
     "Estimate, and per seed: success of a checkpoint less that of SFT_End."
     answers = tables["evaluations"].query("allowed == 1 and rule == @rule")
     by = _by_problem(answers, "checkpoint")
-    rows = by.assign(change=by[name] - by["end"]).reset_index()
-    return contrast(_by_unit(rows, _units(tables)), "change"), rows.groupby("seed").change.mean()
+    change = by[name] - by["end"]
+    return _mean_of(change, _units(tables)), change.groupby(level="seed").mean()
 
 
 def plot_twins(
@@ -1068,11 +1076,6 @@ SUCCESS_HEAD = [
     "several attempts: first → within all, %",
     "wrong rule, %",
 ]
-
-
-def _answers_at(table, name, rule):
-    "Rows of a checkpoint under a rule; none where there is no such table."
-    return table[(table.checkpoint == name) & (table.rule == rule)] if table is not None else pd.DataFrame()
 
 
 def _percent(values):
