@@ -121,6 +121,9 @@ class _Measured(_Keyed):
     recovery_problems: int = option(300, "of the split `test`, per rule and repair", least=1)
 
 # %% ../nbs/06_preset.ipynb #4043cb4f
+_TWINS = "constant", "worked", "rft"
+
+
 @dataclass(frozen=True)
 class _Arms(_Keyed):
     "What SFT and RL are given, and what stands beside RL."
@@ -130,9 +133,7 @@ class _Arms(_Keyed):
     rl: str = option(
         "ppo", "the others take what they know of the keys of ppo; rft: no RL", choices=("ppo", "grpo", "rloo", "rft")
     )
-    twins: tuple[str, ...] = option(
-        ("constant", "worked", "rft"), "what stands beside RL from SFT_End", choices=("constant", "worked", "rft")
-    )
+    twins: tuple[str, ...] = option(_TWINS, "what stands beside RL from SFT_End", choices=_TWINS)
     rl_splits: tuple[str, ...] = option(("train",), "whose hands RL is dealt", choices=("train", "pretrain"))
     rl_hands: str = option("train", "unseen: those that SFT was not given", choices=("train", "unseen"))
 

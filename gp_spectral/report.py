@@ -906,18 +906,18 @@ def _plot_bar(ax, x, rows, color):
 
 # %% ../nbs/06b_report.ipynb #53f5d30b
 def plot_recovery_bars(
-    tables,  # {name: table} of a study: recovery_answers
+    tables,  # {name: table} of a study: recovery_answers, evaluations
     band,  # share of the ranks that the edits restore
     ax=None,  # to draw on
 ) -> plt.Axes:
-    "Share of the lost OOD success that each edit gives back, with its 95 % interval; dots are seeds."
+    "Share of the lost OOD success that each edit gives back, with its 95 % interval; dots are seeds, or bases."
     ax = ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1]
     by_edit = _by_edit(tables)
     load_methods()
     bars = _bars(by_edit)
     for x, key in enumerate(bars):
         edit, color = _edit_of_bar(key, band)
-        _plot_bar(ax, x, _gain_and_loss(by_edit, edit), color)
+        _plot_bar(ax, x, _by_unit(_gain_and_loss(by_edit, edit), _units(tables)), color)
     for level in (0, 100):
         ax.axhline(level, color="0.5", lw=0.9, zorder=0)
     ax.axhspan(70, 80, color="0.85", zorder=0)

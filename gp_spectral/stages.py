@@ -225,9 +225,10 @@ def problems(
     seed: int | str = 0,  # of the draw
     distinct: int | None = None,  # different hands at most
 ) -> list:
-    "In training `n` problems, each with its own reading; a hand counts as different by its numbers."
+    "In training `n` problems, each with its own reading; a `ValueError` where no hand reaches a target."
     if split != "train":
         return self.task.problems(split, n, seed)
+    self.task.problems("train", 1, seed)  # says so where no hand reaches a target
     rng, found, hands = random.Random(f"many:{seed}"), [], set()
     while len(found) < n:
         cards, target = tuple(rng.choice(CARDS) for _ in range(self.task.n_cards)), rng.choice(self.task.targets)
@@ -912,7 +913,10 @@ def recovery(
         in_one_process(lambda: [shutil.rmtree(part / x, ignore_errors=True) for x in ("edited", "factors")])
         _write(part / "recovery.parquet", _with_recovered(rows))
 
-    asked, inputs = _depends(self, "recovery", "test", "tops", "band", seed=seed), [named["end"], named["max_ood"]]
+    asked, inputs = (
+        _depends(self, "recovery", "test_problems", "tops", "band", seed=seed),
+        [named["end"], named["max_ood"]],
+    )
     return stage(self.folder(seed) / "recovery", asked, inputs, make)
 
 # %% ../nbs/06a_stages.ipynb #0d3e8540

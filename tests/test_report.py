@@ -260,6 +260,10 @@ def test_bases_are_the_units_where_there_are_several():
     several = tables | dict(evaluations=tables["evaluations"].assign(base=lambda t: t.seed % 6))
     assert set(claims(tables, 20, 0.2).query("verdict != 'untested'").seeds) == {12}
     assert set(claims(several, 20, 0.2).query("verdict != 'untested'").seeds) == {6}
+    ax = report.plot_recovery_bars(several, 0.2)
+    bounds = [line.get_segments()[0][:, 1] / 100 for line in ax.collections]  # the picture has the table's intervals
+    row = claims(several, 20, 0.2).query("text.str.contains('loss: UV merge')", engine="python").iloc[0]
+    assert bounds[0] == pytest.approx([row.low, row.high])
     rows = pd.DataFrame(dict(seed=[0, 1, 2, 3], hand=list("abcd"), x=[0.0, 0.0, 1.0, 1.0]))
     halved = report._by_unit(rows, pd.Series([0, 0, 1, 1]))
     assert contrast(halved, "x")[3] == 2 and contrast(rows, "x")[3] == 4
