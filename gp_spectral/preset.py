@@ -147,6 +147,7 @@ class Preset(_Arms, _Measured, _Trainings, Game):
     teach_steps: int = option(
         0, "steps of SFT under both rules first, for a model that does not know the game", least=0
     )
+    teach_rules: str = option("both", "ood: that SFT under the OOD rule alone", choices=("both", "ood"))
     teach_examples: int = option(4000, "different examples of that", least=1)
     teach_lr: float = option(2e-4, "its learning rate", above=0)
     ppo_starts: tuple[float, ...] = option((0.25, 1.0, 2.0), "where RL starts, in shares of sft_steps", above=0)

@@ -539,8 +539,10 @@ def teach(
     said = {k: getattr(p.sft, k) for k in named}
     config = SFTConfig(steps=p.teach_steps, lr=p.teach_lr, examples=p.teach_examples, points=3, **said)
 
+    task = BothRules(self.tasks) if p.teach_rules == "both" else p.tasks(("pretrain",))["OOD"]
+
     def make(part):
-        train_sft(model, part, BothRules(self.tasks), self.tasks, config, progress=self.progress)
+        train_sft(model, part, task, self.tasks, config, progress=self.progress)
 
     asked = _depends(self, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TAUGHT)
     stage(_of_base(self, "taught", number), asked, [resolve(model)], make)

@@ -3,14 +3,14 @@
     python scripts/gpu_check.py --out DIR  # every part, some 12 minutes: DIR/results.md, DIR/<part>.json
     python scripts/gpu_check.py --out DIR --only smollm2  # one part; what is complete stays
     python scripts/gpu_check.py --out DIR --rehearse          # all parts at toy size, on any machine
-    python scripts/gpu_check.py --pack DIR  # with a network: what has to travel, in pieces of 45 MB
+    python scripts/gpu_check.py --pack DIR  # with a network: what has to travel, in pieces of 35 MB
     python scripts/gpu_check.py --unpack DIR                  # on the machine with the GPU: puts the pieces together
 
 Parts:
     right      one training, comparison and repair of the tiny model, by a CPU and by the GPU: are the numbers the same?
     spectral   how quick and how exact the routes to a decomposition are, and a comparison in the shapes of a 7B model
-    smollm2    taught base, SFT, PPO, spectra and recovery of SmolLM2 (preset smollm2-gpu), the seeds shared out
-               among processes; some ten minutes for all stages, of which those that are finished count
+    smollm2    taught base, SFT, PPO, spectra and recovery of SmolLM2 (preset smollm2-gpu, or --preset), what there is
+               to train shared out among --processes; some ten minutes, and the stages that are finished count
     training   SFT and PPO on SmolLM2: tokens a second, share of the card's peak, memory; what decoding waits for;
                configs/single_gpu.yaml as it is
     large      the same for random models of 1.2 and of 7 billion parameters, the latter with LoRA
@@ -38,7 +38,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = dict(right=0.09, spectral=0.15, smollm2=0.52, training=0.1, large=0.14)  # name: share of the minutes
-PIECE = 45_000_000
+PIECE = 35_000_000
 WHEELS = (
     "trl",
     "datasets",
@@ -49,6 +49,7 @@ WHEELS = (
     "gguf",
     "filelock",
     "tqdm",
+    "seaborn",
 )  # what an image with PyTorch seldom has
 
 
@@ -603,13 +604,13 @@ TOY = dict(
 
 
 def smollm2(out, a):
-    "The preset smollm2-gpu, its seeds shared out among processes that have cores of their own."
+    "The preset, its trainings shared out among processes."
     from gp_spectral.preset import load_preset
 
     overrides = {k: str(v) for k, v in TOY.items()} if a.rehearse else dict(x.split("=", 1) for x in a.set)
-    preset = load_preset("smollm2-gpu", overrides)
-    cores = sorted(os.sched_getaffinity(0))
-    each = [cores[i :: preset.seeds] or cores for i in range(preset.seeds)]
+    preset = load_preset(a.preset, overrides)
+    count = a.processes or preset.seeds
+    threads = str(max(1, len(os.sched_getaffinity(0)) // count // 2))
     if not a.rehearse:
         from gp_spectral.models import resolve
 
@@ -622,7 +623,7 @@ def smollm2(out, a):
             "gp_spectral",
             "study",
             "--preset",
-            "smollm2-gpu",
+            a.preset,
             "--workers",
             "1",
             "--out",
@@ -631,32 +632,27 @@ def smollm2(out, a):
         ]
         log = open(out / f"smollm2-{i}.log", "a")
         return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            cwd=out,
-            env={**os.environ, "OMP_NUM_THREADS": str(max(1, len(each[i]) // 2))},
-            preexec_fn=lambda: os.sched_setaffinity(0, each[i]),
+            command, stdout=log, stderr=log, cwd=out, env={**os.environ, "OMP_NUM_THREADS": threads}
         )
 
-    begun, running = time.time(), [start(i) for i in range(preset.seeds)]
+    begun, running = time.time(), [start(i) for i in range(count)]
     try:
         codes = [p.wait() for p in running]
     finally:
-        gather_smollm2(out)
+        gather_smollm2(out, a.preset)
     if any(codes):
         raise SystemExit(
             f"a study ended with {codes}:\n"
-            + "\n".join((out / f"smollm2-{i}.log").read_text()[-1500:] for i in range(preset.seeds))
+            + "\n".join((out / f"smollm2-{i}.log").read_text()[-1500:] for i in range(count))
         )
-    gather_smollm2(out, done=True, minutes=(time.time() - begun) / 60)
+    gather_smollm2(out, a.preset, done=True, minutes=(time.time() - begun) / 60)
 
 
-def gather_smollm2(out, **more):
+def gather_smollm2(out, preset, **more):
     "The tables of all stages that are finished, in out/tables; the result says how far each seed came."
     import pandas as pd
 
-    root, tables, rows = out / "smollm2-gpu", {}, []
+    root, tables, rows = out / preset, {}, []
 
     def add(name, file, **where):
         if file.exists():
@@ -672,9 +668,10 @@ def gather_smollm2(out, **more):
                 json.loads((stage / "record.json").read_text())["seconds"] if (stage / "record.json").exists() else None
             )
             rows.append(dict(seed=s, stage=name, finished=done, seconds=seconds))
-            if name.startswith(("sft", "ppo")):
-                add(f"{name[:3]}_curve", stage / "curve.parquet", seed=s)
-                add(f"{name[:3]}_log", stage / "log.parquet", seed=s)
+            if name.startswith(("sft", "ppo", "twin")):
+                kind = name if name.startswith("twin") else name[:3]
+                add(f"{kind}_curve", stage / "curve.parquet", seed=s)
+                add(f"{kind}_log", stage / "log.parquet", seed=s)
             for file in stage.glob("*.parquet"):
                 if file.stem not in ("curve", "log"):
                     add(file.stem, file, seed=s)
@@ -965,7 +962,7 @@ def large(out, a):
 
 def run_part(name, out, a, seconds):
     "One part in a process of its own, killed with all that it started when its time is up; how it ended."
-    file, how = out / f"{name}.json", dict(rehearsal=a.rehearse, set=a.set)
+    file, how = out / f"{name}.json", dict(rehearsal=a.rehearse, set=a.set, preset=a.preset)
     if file.exists():
         known = json.loads(file.read_text())
         if {k: known.get(k, how[k]) for k in how} != how:
@@ -984,6 +981,10 @@ def run_part(name, out, a, seconds):
         name,
         *(["--rehearse"] if a.rehearse else []),
         *(x for s in a.set for x in ("--set", s)),
+        "--preset",
+        a.preset,
+        "--processes",
+        str(a.processes),
     ]
     begun = time.time()
     child = subprocess.Popen(command, start_new_session=True)
@@ -999,7 +1000,7 @@ def run_part(name, out, a, seconds):
     child.wait()
     if name == "smollm2" and code != 0:
         try:
-            gather_smollm2(out)
+            gather_smollm2(out, a.preset)
         except Exception as e:
             print(f"the tables of smollm2 could not be gathered: {e}", file=sys.stderr)  # the other parts go on
     found = json.loads(file.read_text()) if file.exists() else dict(part=name, rows=[])
@@ -1045,6 +1046,10 @@ def main():
         default=[],
         metavar="KEY=VALUE",
         help="smollm2: overrides a setting of the preset; may be repeated",
+    )
+    p.add_argument("--preset", default="smollm2-gpu", metavar="NAME", help="smollm2: another preset (smollm2-rule)")
+    p.add_argument(
+        "--processes", type=int, default=0, metavar="N", help="smollm2: so many at once (default: one a seed)"
     )
     p.add_argument("--pack", type=Path, metavar="DIR", help="write what has to travel")
     p.add_argument("--unpack", type=Path, metavar="DIR", help="put it together")
