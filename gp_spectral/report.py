@@ -6,9 +6,9 @@ Docs: https://gp-spectral.github.io/gp_spectral/report.html.md"""
 
 # %% auto #0
 __all__ = ['MARGIN', 'TWINS', 'CLAIMS_HEAD', 'SUCCESS_HEAD', 'FAULTS', 'FAULTS_HEAD', 'interval', 'verdict', 'p_value', 'judged',
-           'detectable', 'holm', 'two_way', 'contrast', 'fieller', 'jackknife', 'claims', 'collect', 'plot_training',
-           'plot_success', 'plot_twins', 'plot_starts', 'plot_matrix', 'plot_recovery_sizes', 'plot_recovery_bars',
-           'figures', 'claims_rows', 'success_rows', 'fault_rows', 'write_report']
+           'detectable', 'holm', 'two_way', 'contrast', 'fieller', 'jackknife', 'claims', 'sentences', 'collect',
+           'plot_training', 'plot_success', 'plot_twins', 'plot_starts', 'plot_matrix', 'plot_recovery_sizes',
+           'plot_recovery_bars', 'figures', 'claims_rows', 'success_rows', 'fault_rows', 'write_report']
 
 # %% ../nbs/06b_report.ipynb #b9a5d9da
 import base64
@@ -657,6 +657,106 @@ def claims(
     evidence = _Evidence(tables, end, band)
     return _adjusted(pd.DataFrame([row for claim in _CLAIMS for row in claim(evidence)]))
 
+# %% ../nbs/06b_report.ipynb #9bbcb423
+def _said(table, part):
+    "The row of the claims whose text has this part."
+    return next(row for row in table.itertuples() if part in row.text)
+
+
+def _points(row):
+    "An effect on success, in words."
+    bounded = math.isfinite(row.low) and math.isfinite(row.high)
+    span = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}" if bounded else "no interval with one seed"
+    return f"{100 * row.effect:+.1f} points ({span})"
+
+
+def _percent(evidence, checkpoint, rule):
+    "Success of a checkpoint in percent, the mean over units."
+    by_seed = evidence.by_checkpoint[checkpoint, rule].dropna().groupby(level="seed").mean()
+    return 100 * by_seed.groupby(evidence.unit).mean().mean()
+
+
+def _of_sft(evidence, table):
+    fall = _said(table, "OOD success falls during SFT")
+    held = {rule: [_percent(evidence, c, rule) for c in ("base", "end")] for rule in ("ID", "OOD")}
+    told = "SFT took success on held-out hands from {:.0f} to {:.0f} % under the rule that it trains".format(
+        *held["ID"]
+    )
+    told += ", and from {:.0f} to {:.0f} % under the other rule: ".format(*held["OOD"]) + _points(fall)
+    return told + ("." if fall.verdict == "reproduced" else "; that it fell is not established.")
+
+# %% ../nbs/06b_report.ipynb #a117db2c
+_HALF = {
+    "reproduced": "more than half of what SFT had taken",
+    "not reproduced": "less than half of what SFT had taken",
+    "undecided": "and whether that is half of what SFT had taken is undecided",
+}
+
+
+def _of_rl(evidence, table):
+    half, gain = _said(table, "gives back more than half"), _said(table, "RL raises OOD success")
+    if half.verdict == "no signal":
+        return f"RL had no signal: {half.note}."
+    told = f"RL on the same rule then changed success under the other one by {_points(gain)}"
+    told += f", {_HALF[half.verdict]}" if half.verdict in _HALF else "; there was no loss for it to heal"
+    twins = [f"{TWINS[t]} {_percent(evidence, t, 'OOD'):.0f} %" for t in _twins(evidence)]
+    own = f"RL {_percent(evidence, 'rl', 'OOD'):.0f} %"
+    return f"{told}. Trained on the same prompts from there: {', '.join([own, *twins])}." if twins else f"{told}."
+
+# %% ../nbs/06b_report.ipynb #718d111c
+_BESIDE = {
+    "reproduced": "more than plain interpolation that keeps as much of the trained rule",
+    "not reproduced": "and plain interpolation that keeps as much of the trained rule gives back {}",
+    "undecided": "and whether that is more than plain interpolation gives back is undecided",
+}
+
+
+def _of_repair(evidence, table):
+    back, beside = (
+        _said(table, "merge gives back OOD success (−"),
+        _said(table, "the anchored merge gives back more OOD"),
+    )
+    told = f"Without any training, restoring the leading {evidence.band:.0%} of singular directions gives back "
+    alike = f"as much, within {100 * MARGIN:.0f} points" if beside.high >= 0 else "more"
+    return f"{told}{_points(back)}, {_BESIDE[beside.verdict].format(alike)}."
+
+
+def _most_turned(evidence):
+    "(matrix, how many times as far as under noise) of that whose head RL turned most, by noise of the same size."
+    head = evidence.tables["angles"].query("band == 'head' and base == 'end'")
+    mean = head.groupby(["other", "matrix"])["mean"].mean()
+    ratio = mean["rl"] / mean["noise"]
+    return ratio.idxmax().removesuffix(".weight"), ratio.max()
+
+
+def _of_spectra(evidence, table):
+    head, tail = (_said(table, f"RL: the {band} turns more").effect for band in ("head", "tail"))
+    matrix, most = _most_turned(evidence)
+    told = (
+        f"RL turned the leading singular vectors {head:.2f} times as far as noise of the same size, the trailing ones"
+    )
+    return f"{told} {tail:.2f} times; most of all {matrix}, {most:.1f} times."
+
+# %% ../nbs/06b_report.ipynb #2c62e15e
+def _of_claims(_, table):
+    primary = table[table.primary].sort_values("claim").groupby("verdict").claim.agg(", ".join)
+    found = "; ".join(f"{verdict}: {primary[verdict]}" for verdict in _ORDER if verdict in primary)
+    return f"Of the paper's seven claims, {found}."
+
+
+_ORDER = "reproduced", "not reproduced", "undecided", "no signal", "untested"
+
+
+def sentences(
+    tables,  # {name: table} of a study, as for `claims`
+    table,  # what `claims` made of them
+    end,  # the SFT step of SFT_End
+    band,  # share of the ranks in head and tail
+) -> list:  # five texts
+    "What a study found: what SFT did, what RL gave back, what a repair gives back, which claims stand, what turned."
+    evidence = _Evidence(tables, end, band)
+    return [tell(evidence, table) for tell in (_of_sft, _of_rl, _of_repair, _of_claims, _of_spectra)]
+
 # %% ../nbs/06b_report.ipynb #f2dbfcb2
 _STAGE_TABLES = dict(  # stage: its tables, which have a column for the seed
     evaluations=("evaluations", "forced", "sampled", "losses"),
@@ -1181,6 +1281,7 @@ def _page(study, tables, pictures, command):
     preset, single = study.preset, tables["evaluations"].query("allowed == 1")
     return _JINJA.get_template("report.html.j2").render(
         preset=preset,
+        sentences=sentences(tables, tables["claims"], preset.sft_steps, preset.band),
         settings=json.dumps(dataclasses.asdict(preset)),
         id_rule=_RULES.get(preset.id_rule, preset.id_rule),
         ood_rule=_RULES.get(preset.ood_rule, preset.ood_rule),

@@ -311,7 +311,7 @@ class Study:
 @patch(cls_method=True)
 def open(
     cls: Study,
-    root: str | Path = "runs/tiny",  # what `gp-spectral study` wrote
+    root: str | Path = "runs/tiny-rule",  # what `gp-spectral study` wrote
 ) -> Study:
     "A finished study; a `ValueError` when `root` holds none."
     tables = Path(root) / "tables"
