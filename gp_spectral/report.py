@@ -670,7 +670,7 @@ def _points(row):
     return f"{100 * row.effect:+.1f} points ({span})"
 
 
-def _percent(evidence, checkpoint, rule):
+def _success_of(evidence, checkpoint, rule):
     "Success of a checkpoint in percent, the mean over units."
     by_seed = evidence.by_checkpoint[checkpoint, rule].dropna().groupby(level="seed").mean()
     return 100 * by_seed.groupby(evidence.unit).mean().mean()
@@ -678,7 +678,7 @@ def _percent(evidence, checkpoint, rule):
 
 def _of_sft(evidence, table):
     fall = _said(table, "OOD success falls during SFT")
-    held = {rule: [_percent(evidence, c, rule) for c in ("base", "end")] for rule in ("ID", "OOD")}
+    held = {rule: [_success_of(evidence, c, rule) for c in ("base", "end")] for rule in ("ID", "OOD")}
     told = "SFT took success on held-out hands from {:.0f} to {:.0f} % under the rule that it trains".format(
         *held["ID"]
     )
@@ -699,8 +699,8 @@ def _of_rl(evidence, table):
         return f"RL had no signal: {half.note}."
     told = f"RL on the same rule then changed success under the other one by {_points(gain)}"
     told += f", {_HALF[half.verdict]}" if half.verdict in _HALF else "; there was no loss for it to heal"
-    twins = [f"{TWINS[t]} {_percent(evidence, t, 'OOD'):.0f} %" for t in _twins(evidence)]
-    own = f"RL {_percent(evidence, 'rl', 'OOD'):.0f} %"
+    twins = [f"{TWINS[t]} {_success_of(evidence, t, 'OOD'):.0f} %" for t in _twins(evidence)]
+    own = f"RL {_success_of(evidence, 'rl', 'OOD'):.0f} %"
     return f"{told}. Trained on the same prompts from there: {', '.join([own, *twins])}." if twins else f"{told}."
 
 # %% ../nbs/06b_report.ipynb #718d111c
