@@ -698,7 +698,7 @@ def _of_rl(evidence, table):
     if half.verdict == "no signal":
         return f"RL had no signal: {half.note}."
     told = f"RL on the same rule then changed success under the other one by {_points(gain)}"
-    told += f", {_HALF[half.verdict]}" if half.verdict in _HALF else "; there was no loss for it to heal"
+    told += f", {_HALF[half.verdict]}" if half.verdict in _HALF else "; these hands show no loss that it could heal"
     twins = [f"{TWINS[t]} {_success_of(evidence, t, 'OOD'):.0f} %" for t in _twins(evidence)]
     own = f"RL {_success_of(evidence, 'rl', 'OOD'):.0f} %"
     return f"{told}. Trained on the same prompts from there: {', '.join([own, *twins])}." if twins else f"{told}."
