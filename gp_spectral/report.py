@@ -1019,17 +1019,24 @@ def _edit_of_bar(key, band):
 
 # %% ../nbs/06b_report.ipynb #fe52dcd6
 def _plot_bar(ax, x, rows, color):
-    "An edit's share of the loss in percent, with its interval and a dot per seed."
+    "An edit's share of the loss in percent, with its interval; how far both reach."
     given_back, low, high, _ = fieller(*two_way(rows, ["gain", "loss"]))
     ax.bar(x, 100 * given_back, color=color, width=0.7, alpha=0.75, edgecolor="0.2", linewidth=0.6)
     if math.isfinite(low):  # the white rim is seen on dark bars, too
         rim = [withStroke(linewidth=2.5, foreground="white")]
         ax.vlines(x, 100 * low, 100 * high, color="0.2", lw=1, path_effects=rim)
-    for gain, loss in rows.groupby("seed")[["gain", "loss"]].mean().to_numpy():
-        if loss > 0:
-            ax.plot(x, min(200, max(-150, 100 * gain / loss)), "o", color="black", ms=3.5, mfc="white", zorder=3)
     place = dict(xytext=(9, 3), textcoords="offset points", fontsize=8.5)
     ax.annotate(f"{100 * given_back:.0f}", (x, 100 * max(given_back, 0)), **place)
+    return [100 * y for y in (given_back, low, high) if math.isfinite(y)]
+
+
+def _plot_dots(ax, x, rows):
+    "A dot per seed or base that lost something; where it lies outside the axis, at its edge."
+    bottom, top = ax.get_ylim()
+    for gain, loss in rows.groupby("seed")[["gain", "loss"]].mean().to_numpy():
+        if loss > 0:
+            y = min(top, max(bottom, 100 * gain / loss))
+            ax.plot(x, y, "o", color="black", ms=3.5, mfc="white", zorder=3, clip_on=False)
 
 # %% ../nbs/06b_report.ipynb #53f5d30b
 def plot_recovery_bars(
@@ -1041,15 +1048,18 @@ def plot_recovery_bars(
     ax = ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1]
     by_edit = _by_edit(tables)
     load_methods()
-    bars = _bars(by_edit)
+    bars, reach, rows = _bars(by_edit), [0, 100], []
     for x, key in enumerate(bars):
         edit, color = _edit_of_bar(key, band)
-        _plot_bar(ax, x, _by_unit(_gain_and_loss(by_edit, edit), _units(tables)), color)
+        rows.append(_by_unit(_gain_and_loss(by_edit, edit), _units(tables)))
+        reach += _plot_bar(ax, x, rows[x], color)
     for level in (0, 100):
         ax.axhline(level, color="0.5", lw=0.9, zorder=0)
     ax.axhspan(70, 80, color="0.85", zorder=0)
     ax.set_xticks(range(len(bars)), bars.values(), fontsize=8.5)
-    _tidy(ax, ylabel="share of the loss given back (%)", ylim=(-160, 210))
+    _tidy(ax, ylabel="share of the loss given back (%)", ylim=(max(-150, min(reach)) - 5, min(200, max(reach)) + 10))
+    for x, of_edit in enumerate(rows):
+        _plot_dots(ax, x, of_edit)
     return ax
 
 # %% ../nbs/06b_report.ipynb #00c3df5c
