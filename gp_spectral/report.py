@@ -355,7 +355,7 @@ def _closed(evidence, *starts):
     if "gate" not in evidence.tables:
         return ""
     at = evidence.tables["gate"].groupby("start").success.mean()
-    shut = [f"from step {s} {told}" for s in starts if (told := no_signal(at[s]))]
+    shut = [f"from step {s}: {told}" for s in starts if (told := no_signal(at[s]))]
     return "; ".join(shut)
 
 
@@ -1185,7 +1185,7 @@ def _interval_text(row):
     return "one seed" if row.seeds else "–"
 
 # %% ../nbs/06b_report.ipynb #ba443688
-CLAIMS_HEAD = ["claim", "in words", "effect", "95 % interval", "claim says", "seeds", "verdict"]
+CLAIMS_HEAD = ["claim", "in words", "effect", "95 % interval", "claim says", "units", "verdict"]
 
 
 def claims_rows(

@@ -380,7 +380,7 @@ def test_five_sentences_say_what_the_rows_say():
     assert "less than half" in rl and "gives back more" in repair and "not reproduced: C1, C2, C3" in which
     shut = with_twins({}, made_up(PAPER, EDITS))
     closed = shut["gate"].assign(success=0.01)
-    assert of(shut | dict(gate=closed))[1].startswith("RL had no signal: from step 20 1% of the first round")
+    assert of(shut | dict(gate=closed))[1].startswith("RL had no signal: from step 20: 1 % of the first round")
     told = " ".join(of(made_up(PAPER, EDITS, seeds=1)))
     assert "no interval with one seed" in told and "is undecided" in told and "nan" not in told
 
