@@ -25,6 +25,7 @@ from .checkpoint import PARTS, TABLES, as_checkpoint, as_parts, common_weights, 
 from .checkpoint import tell_apart, with_base
 from .folders import CheckpointError, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
+from .page import write_page
 from .svd import SPLIT, as_cache, change_row, choose_drivers, factors, gram, gram_eigenvalues, long_side
 from .svd import looks_untrained, matmul, one_thread, plain_log, relative_change, short_factors, use_drivers
 import matplotlib.pyplot as plt
@@ -1024,7 +1025,8 @@ def _shortened(notes):
 
 
 def _draw(tables, out):
-    "The pictures of a comparison, beside its tables."
+    "The page of a comparison, and its pictures, beside its tables."
+    write_page(tables, Path(out) / "report.html")
     for (base, other), t in tables.angles.groupby(["base", "other"], sort=False):
         figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
         for band, ax in zip(BANDS, axes):
@@ -1053,7 +1055,9 @@ def run_compare(
     if group().rank == 0:
         print_comparison(tables)
         _draw(tables, args.out)
-        print(f"\ntables and pictures: {args.out} ({time.time() - begun:.0f} s)")
+        print(
+            f"\nthe page: {Path(args.out) / 'report.html'}; tables and pictures beside it ({time.time() - begun:.0f} s)"
+        )
 
 # %% ../nbs/04_angles.ipynb #5047502c
 def _said_of_pair(base, other, t, changes):

@@ -18,7 +18,6 @@ import json
 import math
 from pathlib import Path
 
-import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -29,6 +28,7 @@ from .angles import angle_profile, plot_angles, plot_profile
 from .checkpoint import Checkpoint
 from .folders import atomic
 from .recovery import METHODS, load_methods, plot_recovery
+from .page import TEMPLATES, chart_json, library, turn_map
 from .play import RULE_COLORS, success_rate
 from .stages import NAMES, clock, edit_name, no_signal, versions
 from .svd import CHECKPOINT_COLORS, plot_sigma_change, plot_spectrum
@@ -1272,16 +1272,18 @@ def fault_rows(
             if len(rows):
                 yield label, rule, *(_percent(rows.fault == f) for f in FAULTS), _percent(rows.solved_first)
 
+# %% ../nbs/06b_report.ipynb #2d9e1ad8
+def _map(tables):
+    "The map of what turned as JSON, angles being means over seeds; '' for tables of before there was `isotropic`."
+    if "isotropic" not in tables["angles"]:
+        return ""
+    of = ["base", "other", "matrix", "layer", "kind", "side", "band"]
+    numbers = dict.fromkeys(("mean", "isotropic", "floor", "random_mean"), "mean")
+    rows = tables["angles"].groupby(of, sort=False, dropna=False)
+    return chart_json(turn_map(rows.agg(numbers | dict(verdict=lambda v: v.mode()[0])).reset_index()))
+
 # %% ../nbs/06b_report.ipynb #96402e48
-_TEMPLATES = Path(__file__).parent / "templates" if "__file__" in globals() else Path("../gp_spectral/templates")
-_JINJA = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_TEMPLATES, encoding="utf-8"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_JINJA.filters["clock"] = clock
+TEMPLATES.filters["clock"] = clock
 
 _RULES = {"faces_as_ten": "J, Q, K = 10", "faces_as_rank": "J, Q, K = 11, 12, 13"}
 
@@ -1289,7 +1291,7 @@ _RULES = {"faces_as_ten": "J, Q, K = 10", "faces_as_rank": "J, Q, K = 11, 12, 13
 def _page(study, tables, pictures, command):
     "The report as HTML; `pictures`: (title, how to read it, bytes of a png file)."
     preset, single = study.preset, tables["evaluations"].query("allowed == 1")
-    return _JINJA.get_template("report.html.j2").render(
+    return TEMPLATES.get_template("report.html.j2").render(
         preset=preset,
         sentences=sentences(tables, tables["claims"], preset.sft_steps, preset.band),
         settings=json.dumps(dataclasses.asdict(preset)),
@@ -1304,6 +1306,8 @@ def _page(study, tables, pictures, command):
         success=list(success_rows(tables)),
         faults_head=FAULTS_HEAD,
         faults=list(fault_rows(tables)),
+        bundle=library(),
+        map=_map(tables),
         command=command,
         times=tables["times"].groupby("stage", sort=False).seconds.sum().sort_values(ascending=False),
         versions=versions(),
