@@ -278,20 +278,25 @@ def _answers_at(table, name, rule):
     return table[(table.checkpoint == name) & (table.rule == rule)] if table is not None else pd.DataFrame()
 
 
-def _rate(table, column, checkpoint, rule):
-    "Per seed: the mean of a column of true and false."
-    return _answers_at(table, checkpoint, rule).groupby("seed")[column].mean()
+def _read_and_solved(evidence, a, b, rule):
+    "A row per seed and problem: whether checkpoints a and b read it as told (r0, r1), and solve it then (q0, q1)."
+    single, columns = evidence.tables["evaluations"].query("allowed == 1"), {}
+    for name, table, column in (("r", single, "read"), ("q", evidence.tables["forced"], "solved_first")):
+        for i, checkpoint in enumerate((a, b)):
+            rows = _answers_at(table, checkpoint, rule).set_index(["seed", "problem", "hand"])
+            columns[f"{name}{i}"] = rows[column].astype(float)
+    return pd.DataFrame(columns).dropna()
 
 
 def _reading_and_skill(evidence, a, b, rule="OOD"):
-    "Per seed: the two parts of the difference of success from checkpoint a to b; None where Q was not measured."
-    tables = evidence.tables
-    if "forced" not in tables:
+    "Rows whose means are the two parts of the difference of success from checkpoint a to b; None without Q."
+    if "forced" not in evidence.tables:
         return None
-    single = tables["evaluations"].query("allowed == 1")
-    R = [_rate(single, "read", c, rule) for c in (a, b)]
-    Q = [_rate(tables["forced"], "solved_first", c, rule) for c in (a, b)]
-    return (R[1] - R[0]) * (Q[0] + Q[1]) / 2, (Q[1] - Q[0]) * (R[0] + R[1]) / 2
+    x = _read_and_solved(evidence, a, b, rule)
+    mean = x.groupby(level="seed").transform("mean")
+    R, Q, r, q = ((t[f"{k}0"] + t[f"{k}1"]) / 2 for t in (mean, x) for k in "rq")
+    change = lambda t, k: t[f"{k}1"] - t[f"{k}0"]
+    return change(x, "r") * Q + change(mean, "r") * (q - Q), change(x, "q") * R + change(mean, "q") * (r - R)
 
 # %% ../nbs/06b_report.ipynb #1fc06f3b
 def _until_end(evidence, table):
@@ -318,9 +323,9 @@ def _what_fell(evidence):
         return
     reading, skill = parts
     for name, part in (("reading the faces as told", reading), ("solving what was read", skill)):
-        yield _row("C1", f"of this, {name}", evidence.mean(part), side="<")
+        yield _row("C1", f"of this, {name}", _mean_of(part, evidence.unit), side="<")
     text = "at least half of the fall is reading (reading − skill)"
-    yield _row("C1", text, evidence.mean(reading - skill), side="<", margin=0)
+    yield _row("C1", text, _mean_of(reading - skill, evidence.unit), side="<", margin=0)
 
 # %% ../nbs/06b_report.ipynb #104ad1b3
 def _rise_on_seen_hands(evidence):
@@ -388,7 +393,7 @@ def _parts_of_the_gain(evidence):
     "Rows: the parts of RL's gain."
     parts = _reading_and_skill(evidence, "end", "rl")
     for name, part in zip(("reading the faces as told", "solving what was read"), parts or ()):
-        yield _row("C2", f"of RL's gain, {name}", evidence.mean(part))
+        yield _row("C2", f"of RL's gain, {name}", _mean_of(part, evidence.unit))
 
 # %% ../nbs/06b_report.ipynb #2133a482
 def _healing(evidence):

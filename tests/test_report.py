@@ -364,7 +364,7 @@ def test_the_page_needs_no_network():
 
 def test_a_name_that_nobody_gives_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="preset"):
-        report._JINJA.get_template("report.html.j2").render()
+        report.TEMPLATES.get_template("report.html.j2").render()
 
 
 def test_five_sentences_say_what_the_rows_say():
