@@ -531,9 +531,10 @@ def sigma_change(
 ) -> pd.DataFrame:  # base, other, matrix, layer, kind, and the columns of `change_row`
     "How much singular values and weights changed from `base` to `other`, matrix by matrix."
     base, other = tell_apart([as_checkpoint(base), as_checkpoint(other)])
-    preflight(base, other, kinds)
-    rows = []
-    for m in _over(base, kinds, layers, progress, f"σ of {base.label} and {other.label}"):
+    preflight(base, other, kinds, layers=layers)
+    other, rows = other.named_as(base), []
+    matrices = base.shared_matrices([other], kinds, layers)
+    for m in tqdm(matrices, desc=f"σ of {base.label} and {other.label}", disable=not progress, leave=False):
         W, X = base.matrix(m), other.matrix(m)
         s, t = (short_factors(c, m, cache, W=x)[1] for c, x in ((base, W), (other, X)))
         with one_thread():
