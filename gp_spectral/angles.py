@@ -734,7 +734,7 @@ def _warn_untrained(changes):
         stacklevel=5,
     )
 
-
+# %% ../nbs/04_angles.ipynb #8c43a3ea
 def _weight_cosine(
     changes,  # the table of a comparison
 ) -> pd.Series:
@@ -745,14 +745,14 @@ def _weight_cosine(
 
 
 def _strangers(tables, alike=0.1):
-    "The part of each pair's head subspaces that are as far apart as random ones, in matrices that have nothing in common."
+    "The part of each pair's head subspaces that are at chance, in matrices that have nothing in common."
     key = ["base", "other", "matrix"]
     cosines = tables.changes[key].assign(cosine=_weight_cosine(tables.changes))
     heads = tables.angles[tables.angles.band == "head"].merge(cosines, on=key, how="left")
     strange = (heads.verdict == "chance") & (heads.cosine.abs() < alike)
     return strange.groupby([heads.base, heads.other], sort=False).mean()
 
-
+# %% ../nbs/04_angles.ipynb #334b127f
 def _warn(tables):
     "Says what makes a comparison worthless."
     _warn_untrained(tables.changes)
@@ -1115,9 +1115,9 @@ def _said_of_maps(t, touched, least=0.05, beyond=4):
     moved = still[still.weight_change > np.maximum(least, beyond * still.mean_abs_change.fillna(0))]
     if len(moved):
         yield (
-            f"  {len(moved)} matrices changed by {moved.weight_change.median():.0%} of their norm (median) though none of "
-            f"their bands turned: they are other maps on the same subspaces, directions changed sign or their pairing of "
-            f"U with V (or ranks between the bands turned); first: {moved.matrix.iloc[0]}"
+            f"  {len(moved)} matrices changed by {moved.weight_change.median():.0%} of their norm (median) though none "
+            "of their bands turned: they are other maps on the same subspaces, directions changed sign or their "
+            f"pairing of U with V (or ranks between the bands turned); first: {moved.matrix.iloc[0]}"
         )
 
 

@@ -882,13 +882,14 @@ def _stack_of(name, two):
         return "mtp"  # layers that predict further tokens, numbered anew
     return s[1] if two and (s := _STACK.search(name)) else ""
 
-
+# %% ../nbs/03a_checkpoint.ipynb #db20b28e
 _NO_MAPS = ("bias", "A_log")  # A_log: Mamba's decay rates, of which the exponential is used
 
 
 _BUFFERS = set(
-    "inv_freq original_inv_freq masked_bias cos_cached sin_cached cos_cache sin_cache freqs_cis position_ids token_type_ids "
-    "relative_position_index relative_coords_table attn_mask causal_mask num_batches_tracked alibi slopes".split()
+    "inv_freq original_inv_freq masked_bias cos_cached sin_cached cos_cache sin_cache freqs_cis position_ids "
+    "token_type_ids relative_position_index relative_coords_table attn_mask causal_mask num_batches_tracked alibi "
+    "slopes".split()
 )  # what a model computes anew: nothing that was trained
 
 
@@ -900,7 +901,7 @@ def is_buffer(
     words = name.split(".")
     return words[-1] in _BUFFERS or "rotary_emb" in words or words[-1] == "bias" and len(shape) == 4
 
-
+# %% ../nbs/03a_checkpoint.ipynb #5d6f63c9
 def _may_be_matrix(name, e):
     two_or_three = len(e.shape) in (2, 3) and min(e.shape) > 0
     beside = re.split("[.:]", name)[-1] in _BESIDE or name.endswith(("_scales", "_scale_inv"))
@@ -1555,7 +1556,7 @@ def _is_saved_whole(name, config):
     listed = any(module == s or module.endswith(f".{s}") or f".{s}." in f".{module}." for s in saved)
     return listed or module.split(".")[-1] in _EMBED or end == "bias" and config.get("bias", "none") != "none"
 
-
+# %% ../nbs/03a_checkpoint.ipynb #2171ba63
 def _is_own_head(name, config):
     "Whether a tensor is of a head that the task needs and the base need not have: a classifier, a score, a value."
     module, saved = name.rpartition(".")[0], config.get("modules_to_save") or []
@@ -1563,7 +1564,7 @@ def _is_own_head(name, config):
     own = any(w in _HEAD_WORDS for w in name.split("."))
     return describe(name).layer is None and own and (task or any(module.split(".")[0] == s for s in saved))
 
-
+# %% ../nbs/03a_checkpoint.ipynb #ec1cb277
 @patch
 def _replace(self: Checkpoint, c, whole, loose, file):
     "Puts what an adapter saves whole in the place of the base's: `modules_to_save`, resized embeddings, biases."
@@ -1637,7 +1638,7 @@ _OF_A_RUN = re.compile(
     r".*\.(bin|h5|msgpack)\.index\.json|\..*"
 )
 
-
+# %% ../nbs/03a_checkpoint.ipynb #72f5ae93
 def _is_kept(f):
     "Whether a copy takes a file along: no weights but the model's own, no code, nothing about a run."
     return f.is_file() and f.suffix.lower() not in _CODE | _WEIGHTS and not _OF_A_RUN.fullmatch(f.name)
@@ -1655,7 +1656,7 @@ def _safe_files(folder):
     files = [*sorted(folder.iterdir()), *_folders_beside(folder)]
     return {str(f.relative_to(folder)): f for f in files if _is_kept(f)}
 
-
+# %% ../nbs/03a_checkpoint.ipynb #ce8cc0cc
 @patch
 def code_beside(self: Checkpoint) -> list:  # names, in the folder and in those inside it
     "The files of code beside the weights, which a copy leaves behind."
@@ -1826,7 +1827,8 @@ def copy_to(
 @patch
 def _merge_into(self: Checkpoint, folder):
     "Merges the adapter into a copy of its base."
-    goal, added, word = Checkpoint(folder), {}, self._word_table()
+    goal, added = Checkpoint(folder), {}
+    word = self._word_table() or next(iter(goal.entries))
     for n, e in self.entries.items():
         at = goal.entries.get(n)
         if at is None or at.shape != e.shape:
@@ -1858,7 +1860,7 @@ def _put(self: Checkpoint, goal, name):
 
 # %% ../nbs/03a_checkpoint.ipynb #f6a92563
 class Joined(Held):
-    "Tensors of several places as one: experts that are stored one by one, seen as a stack."
+    "Tensors of several places as one: experts that are stored one by one, seen as a stack, or a fused matrix."
 
     def __init__(
         self,
@@ -1880,68 +1882,69 @@ class Joined(Held):
         return torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
 
 # %% ../nbs/03a_checkpoint.ipynb #ed5e1146
-def _one_by_one(c):
-    "{name of an expert's matrix: its `Entry`} for the stacks of a checkpoint, {} where they cannot be cut."
+_EXPERT_WORDS = dict(w1="gate_proj", w3="up_proj", w2="down_proj", block_sparse_moe="mlp")
+
+
+def _plain_core(name):
+    "The core of a name, with one word for what families call differently."
+    return tuple(_EXPERT_WORDS.get(w, w) for w in _core(name))
+
+
+def _cuts(c):
+    "{fused or stacked tensor: [(first element, shape, name that the part has where it stands alone)], in order}."
     found = {}
     for m in c._views()[0]:
         e = c.entries[m.tensor]
-        if m.expert is None or len(e.shape) != 3 or m.transposed or m.tensor in c.overlay or e.dtype in _FP8:
+        if m.view is None or m.transposed or m.tensor in c.overlay or e.dtype in _FP8:
             continue
-        start, stop, sizes, index = _span(*m.view)
-        if all(i == (0, n) for i, n in zip(index, sizes)) and not isinstance(e, Joined):
+        start, _, sizes, index = _span(*m.view)
+        if all(i == (0, n) for i, n in zip(index, sizes)):
             above = m.tensor.removesuffix(".weight").rpartition(".")[0]
-            found[f"{above}.{m.expert}.{m.kind}.weight"] = e.piece(start, stop, m.shape)
-    return found
-
-
-_EXPERT_WORDS = dict(w1="gate_proj", w3="up_proj", w2="down_proj", block_sparse_moe="mlp", feed_forward="mlp")
-
-
-def _expert_core(name):
-    return tuple(_EXPERT_WORDS.get(w, w) for w in _core(name))
+            above += "" if m.expert is None else f".{m.expert}"
+            found.setdefault(m.tensor, []).append((start, m.shape, f"{above}.{describe(m.name).kind}.weight"))
+    whole = lambda t: sum(prod(shape) for _, shape, _ in found[t]) == prod(c.shape(t))
+    return {t: sorted(parts) for t, parts in found.items() if whole(t)}
 
 # %% ../nbs/03a_checkpoint.ipynb #41cc89bf
-def _stacks_from(c, wanted):
-    "{name: `Joined`} for those wanted stacks, {name: (shape, transposed)}, whose experts a checkpoint has one by one."
-    singles = {_expert_core(n): n for n in c.entries if _EXPERT.search(n) and n not in c.overlay}
-    found = {}
-    for name, (shape, transposed) in wanted.items():
-        above, _, kind = name.removesuffix(".weight").rpartition(".")
-        kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-        at = lambda i, k: singles.get(_expert_core(f"{above}.{i}.{k}.weight"))
-        names = [at(i, k) for i in range(shape[0]) for k in kinds]
-        if transposed or None in names:
+def _cut_like(c, other, entries):
+    "Cuts what only `c` has fused or stacked and the other has part by part; how many."
+    alone, cut = {_plain_core(n) for n in other.entries}, 0
+    for t, parts in _cuts(c).items():
+        if _plain_core(t) not in alone and any(_plain_core(n) in alone for *_, n in parts):
+            e, cut = entries.pop(t), cut + 1
+            entries |= {n: e.piece(start, start + prod(shape), shape) for start, shape, n in parts}
+    return cut
+
+
+def _joined_like(c, other, entries):
+    "Joins what only the other has fused or stacked and `c` has part by part; how many."
+    mine, joined = {_plain_core(n): n for n in entries if n not in c.overlay}, 0
+    for t, parts in _cuts(other).items():
+        names = [mine.get(_plain_core(n)) for *_, n in parts]
+        if _plain_core(t) in mine or None in names:
             continue
-        parts = [c.entries[n] for n in names]
-        alike = len({(e.dtype, e.shape[1:]) for e in parts}) == 1 and parts[0].dtype not in _FP8
-        if alike and sum(prod(e.shape) for e in parts) == prod(shape):
-            found[name] = Joined(parts, shape), names
-    return found
+        found = [entries[n] for n in names]
+        one_dtype = len({e.dtype for e in found}) == 1 and found[0].dtype not in _FP8
+        if one_dtype and all(e.shape == shape for e, (_, shape, _) in zip(found, parts)):
+            entries[t], joined = Joined(found, other.shape(t)), joined + 1
+            for n in names:
+                del entries[n]
+    return joined
 
 # %% ../nbs/03a_checkpoint.ipynb #b7bcda2a
 def _relaid(c, other):
-    "(the entries of `c` with its experts in the layout of another, what was done in words)."
-    entries, apart = dict(c.entries), any(_EXPERT.search(n) for n in other.entries)
-    if apart and not any(_EXPERT.search(n) for n in c.entries):
-        pieces = _one_by_one(c)
-        cut = {m.tensor for m in c._views()[0] if m.expert is not None} if pieces else ()
-        entries = {n: e for n, e in entries.items() if n not in cut} | pieces
-        return entries, f"experts: stacked in {c.label}, one by one in {other.label}" if pieces else ""
-    stacks = {m.tensor: (other.shape(m.tensor), m.transposed) for m in other._views()[0] if m.expert is not None}
-    stacks = {n: x for n, x in stacks.items() if len(x[0]) == 3 and n not in entries}
-    found = _stacks_from(c, stacks) if stacks else {}
-    for name, (joined, names) in found.items():
-        entries[name] = joined
-        for n in names:
-            entries.pop(n, None)
-    return entries, f"experts: one by one in {c.label}, stacked in {other.label}" if found else ""
+    "(the entries of `c` with its fused and stacked tensors laid out as in another, what was done in words)."
+    entries = dict(c.entries)
+    done = dict(cut=_cut_like(c, other, entries), joined=_joined_like(c, other, entries))
+    said = " and ".join(f"{n} {word}" for word, n in done.items() if n)
+    return entries, f"fused or stacked tensors of {c.label}: {said}, as {other.label} has them" if said else ""
 
 # %% ../nbs/03a_checkpoint.ipynb #3b40bcaf
 def _alone(names):
     "{core: name} of the names whose core no other has."
     cores = {}
     for n in names:
-        cores.setdefault(_expert_core(n), []).append(n)
+        cores.setdefault(_plain_core(n), []).append(n)
     return {core: found[0] for core, found in cores.items() if len(found) == 1}
 
 
@@ -2128,11 +2131,11 @@ def _missed(base, other, asked, kinds, layers):
 
 # %% ../nbs/03a_checkpoint.ipynb #6eb6a13b
 @patch
-def _check_packed(self: Checkpoint, kinds, layers, include):
-    "A `CheckpointError` for packed weights among what is asked for."
+def _check_packed(self: Checkpoint, kinds, layers, include, n):
+    "A `CheckpointError` for packed weights among what is asked for; `n`: layers, in the longer of the two."
     of = lambda module: describe(f"{module}.weight")
     inside = lambda m: m.layer is not None and (not kinds or bool(_kinds_of(m) & kinds))
-    chosen = None if layers is None else set(layer_range(layers, self.n_layers))
+    chosen = None if layers is None else set(layer_range(layers, n))
     asked = lambda m: inside(m) and (chosen is None or m.layer in chosen)
     tables = lambda m: m.layer is None and (m.kind in kinds or part_of(m.tensor, (1, 1)) in include)
     packed = [n for module, n in self.packed.items() if asked(of(module)) or tables(of(module))]
@@ -2141,7 +2144,8 @@ def _check_packed(self: Checkpoint, kinds, layers, include):
         return
     said = f"its config says quant_method {method!r}" if method else ""
     shown = f"{len(packed)} of those asked for, for instance {packed[0]}" if packed else ""
-    others = ", or leave the packed ones out (`kinds`)" if packed else " (and take that out of config.json if it is not so)"
+    plain = " (and take that out of config.json if it is not so)"
+    others = ", or leave the packed ones out (`kinds`)" if packed else plain
     raise CheckpointError(
         f"{self.where} holds packed weights ({'; '.join(x for x in (shown, said) if x)}): bits and scales are no "
         f"matrices. Give the checkpoint as it was before it was quantised, or dequantise and save it{others}"
@@ -2157,7 +2161,7 @@ def _cannot(base, other, wrong, inside, most=200):
         "What both have in one shape can be compared: choose it with `kinds` or `layers`."
     )
 
-
+# %% ../nbs/03a_checkpoint.ipynb #bfa00444
 def preflight(
     base,  # what `as_checkpoint` takes
     other,  # what `as_checkpoint` takes
@@ -2170,14 +2174,14 @@ def preflight(
     other = as_checkpoint(other).named_as(base)
     kinds = {kinds} if isinstance(kinds, str) else set(kinds or ())
     for c in (base, other):
-        c._check_packed(kinds, layers, include)
+        c._check_packed(kinds, layers, include, max(base.n_layers, other.n_layers))
     apart = [_lacking(base, other), _lacking(other, base), _reshaped(base, other, kinds, include)]
     asked, beside = base._asked(kinds, layers, include)
-    missed = {*_missed(base, other, asked, kinds, layers), *(n for n in beside if any(n in wrong for wrong, _ in apart))}
-    inside = _configured(base, other)
+    wrong, inside = {n: text for wrong, _ in apart for n, text in wrong.items()}, _configured(base, other)
+    missed = {*_missed(base, other, asked, kinds, layers), *(n for n in beside if n in wrong)}
     if missed:
-        wrong = [text for wrong, _ in apart for text in wrong.values()]
-        raise _cannot(base, other, wrong or [f"{n}: only in {base.label}" for n in sorted(missed)], inside)
+        said = list(wrong.values()) or [f"{n}: only in {base.label}" for n in sorted(missed)]
+        raise _cannot(base, other, said, inside)
     left = [*_left_out(base, apart[0][0]), *_left_out(other, apart[1][0]), *apart[2][0].values()]
     return [*other.matched, *inside, *(note for _, notes in apart for note in notes), *left, *_dtypes(base, other)]
 

@@ -209,13 +209,13 @@ def _as_options(text, name):
             text = re.sub(rf"(?<![-\w]){word}\b", flag, text) if "_" in word else text
     return text
 
-
+# %% ../nbs/08_cli.ipynb #efd57d07
 def _run(name, words):
     "Runs one command: the number to end with."
     args = parser_of(name).parse_args(words)
     return functions_of(name)[1](args) or 0
 
-
+# %% ../nbs/08_cli.ipynb #0d119247
 def main(
     argv=None,  # words; default: those of the command line
 ) -> int:  # to end with: 0, or what the command says; 2 for bad input, 130 when stopped

@@ -1130,12 +1130,11 @@ class Repair(NamedTuple):
 
     def pair(self, m):
         "(target's, donor's) matrix."
-        return self.target.matrix(m), self.donor.matrix(self.donor.find(m.name))
+        return self.target.matrix(m), self.donor.matrix(m)
 
     def factors(self, m):
         "(target's, donor's) `Factors`."
-        other = self.donor.find(m.name)
-        return factors_of(self.target, m, cache=self.cache), factors_of(self.donor, other, cache=self.cache)
+        return factors_of(self.target, m, cache=self.cache), factors_of(self.donor, m, cache=self.cache)
 
 # %% ../nbs/05_recovery.ipynb #d05e21cb
 def _restored(job, m, e):
@@ -1367,8 +1366,7 @@ def prepare(
     chosen = None if layers is None else layer_range(layers, target.n_layers)
     matrices, copied = _matrices(target, donor, known, kinds, layers, include), _included(target, include, chosen)
     what = dict(matrices=matrices, copied=copied, layers=chosen, kinds=kinds, include=include)
-    notes = [*notes, *_code_note(target)]
-    how = dict(cache=cache, certify=certify, progress=progress, notes=notes)
+    how = dict(cache=cache, certify=certify, progress=progress, notes=[*notes, *_code_note(target)])
     job = Repair(target, donor, known, ranks, options, **what, **how)
     _check_matrices(job)
     return job
@@ -1455,10 +1453,7 @@ def _doubts(job, rows):
     none = {r["matrix"]: r["lacking"] for r in rows if r.get("lacking")}
     null = {r["matrix"]: r["null_ranks"] - r["lacking"] for r in rows if r.get("null_ranks") and r.get("restored")}
     null = {name: n for name, n in null.items() if n > 0}
-    for some, which, then in (
-        (none, "asked for", "the target's were kept"),
-        (null, "restored", "they are arbitrary"),
-    ):
+    for some, which, then in ((none, "asked for", "the target's were kept"), (null, "restored", "they are arbitrary")):
         if some:
             name, n = next(iter(some.items()))
             warnings.warn(
@@ -1654,7 +1649,7 @@ def _name_for_peft(path):
     name = path.parents[1].name.removeprefix("models--").replace("--", "/")
     return dict(base_model_name_or_path=name, revision=path.name)
 
-
+# %% ../nbs/05_recovery.ipynb #f88ea31c
 def _task_type(config):
     "peft's word for what a class is for; None for classes that its own for language models do not fit."
     arch = config["architectures"][0]
@@ -1663,7 +1658,7 @@ def _task_type(config):
     reads_words = config.get("is_encoder_decoder") and "vocab_size" in config and config.get("model_type") != "whisper"
     return "SEQ_2_SEQ_LM" if reads_words and arch.endswith("ForConditionalGeneration") else None
 
-
+# %% ../nbs/05_recovery.ipynb #fdc0d627
 def _adapter_config(target, ranks, conv):
     "adapter_config.json for modules of these ranks; `conv`: some are GPT-2's Conv1D."
     default = max(ranks.values())

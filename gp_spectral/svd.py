@@ -681,11 +681,17 @@ def plot_sigma_change(
     return ax
 
 # %% ../nbs/03_svd.ipynb #4b0ef6df
+_SPECTRUM_WORDS = """words:
+  σ     a singular value: how much a matrix lengthens one of its directions
+  rank  the number of a singular value, from the largest; ranks: how many a matrix has
+"""
+
+
 def spectrum_arguments(
     parser: argparse.ArgumentParser,  # of the command
 ):
     "What `gp-spectral spectrum` can be told."
-    add = parser.add_argument
+    parser.epilog, add = _SPECTRUM_WORDS, parser.add_argument
     names = "folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"
     add("checkpoints", nargs="+", help=f"checkpoints: {names}")
     add("--table", help="also write the rows to this .csv or .parquet file")

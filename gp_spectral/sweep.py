@@ -730,7 +730,7 @@ _WORDS = """words:
   size of the edit  ‖repaired − target‖ / ‖donor − target‖: 1 is the whole way
 """
 
-
+# %% ../nbs/05a_sweep.ipynb #dc77515a
 def _common(parser, out, required=True, method="anchored", sized=False):
     "The arguments that all three commands have."
     a = parser.add_argument
@@ -746,7 +746,7 @@ def _common(parser, out, required=True, method="anchored", sized=False):
     a("--sigma", choices=["target", "donor"], help="whose singular values the restored directions carry")
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
 
-
+# %% ../nbs/05a_sweep.ipynb #4a6cc4eb
 def _told(args):
     "What the arguments say in common, as keyword arguments."
     cache = {"none": None, "auto": True}.get(args.cache, args.cache)
