@@ -406,15 +406,17 @@ def held_ranks(
     s,  # (r,) the donor's singular values, descending
     shape,  # (m, n)
     dtype,  # of the matrix as it was read
-    gap=20,  # so many times rounding is the least value above it, where ranks are lost
+    gap=20,  # so many times rounding is the least value above it, where ranks were lost
 ) -> int:  # of the leading ranks
     "How many directions of a donor are its own; the others are arbitrary."
     if not s[0] > 0:
         return 0
-    rounding = lambda d: null_sigma(rounding_std(s, shape, d), shape)
-    found, above = int((s > rounding(torch.promote_types(dtype, torch.float32))).sum()), s[s > rounding(dtype)]
-    lost = len(above) < len(s) and len(above) and above[-1] > gap * rounding(dtype)
-    return min(found, len(above)) if lost else found
+    null = lambda d: null_sigma(rounding_std(s, shape, d), shape)
+    least = torch.finfo(torch.float64).eps * max(shape) * float(s[0])
+    above = lambda d: s[s > max(2 * null(d), least)]  # errors that are not independent reach somewhat beyond `null`
+    found, kept = len(above(torch.promote_types(dtype, torch.float32))), above(dtype)
+    lost = 0 < len(kept) < len(s) and kept[-1] > gap * null(dtype)
+    return min(found, len(kept)) if lost else found
 
 
 def _held(bands, s, shape, dtype):

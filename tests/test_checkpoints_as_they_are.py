@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from made import changed, gaussian, trained, weights, write
+from made import changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import cli
@@ -468,8 +468,9 @@ def test_other_maps_on_the_same_subspaces(pair, tmp_path, capsys):
 
 
 def test_unrelated_is_more_than_a_flat_spectrum(tmp_path):
-    flat = {Q: torch.linalg.qr(gaussian(48, 48))[0].float().contiguous()}
-    near = {Q: (flat[Q].double() + 1e-4 * gaussian(48, 48, seed=3)).float()}
+    nearly = torch.linspace(1.001, 1, 48).double()
+    flat = {Q: ((orthonormal(48, 48) * nearly) @ orthonormal(48, 48, 1).T).float().contiguous()}
+    near = {Q: (flat[Q].double() + 1e-3 * gaussian(48, 48, seed=3)).float()}
     a, b = write(tmp_path / "a", flat), write(tmp_path / "b", near)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
