@@ -216,7 +216,10 @@ def fused(seed=0):
     apart = dict(q_proj=q, k_proj=k, v_proj=v)
     apart = {f"{at}self_attn.{n}.weight": t for n, t in apart.items()}
     apart |= {f"{at}mlp.gate_proj.weight": gate, f"{at}mlp.up_proj.weight": up}
-    both = {f"{at}self_attn.qkv_proj.weight": torch.cat([q, k, v]), f"{at}mlp.gate_up_proj.weight": torch.cat([gate, up])}
+    both = {
+        f"{at}self_attn.qkv_proj.weight": torch.cat([q, k, v]),
+        f"{at}mlp.gate_up_proj.weight": torch.cat([gate, up]),
+    }
     return [{n: t.float() for n, t in (x | {f"{at}mlp.down_proj.weight": down}).items()} for x in (apart, both)]
 
 
@@ -602,7 +605,9 @@ def _llava(tf):
     vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
     vision = tf.CLIPVisionConfig(**vision, image_size=8, patch_size=4)
     text = tf.LlamaConfig(**_llama_like())
-    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=39))
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=39)
+    )
 
 
 def _mllama(tf):
@@ -611,7 +616,9 @@ def _mllama(tf):
     vision = tf.models.mllama.MllamaVisionConfig(**vision, **more, supported_aspect_ratios=[[1, 1]])
     text = dict(num_hidden_layers=2, num_key_value_heads=2, cross_attention_layers=[1])
     text = tf.models.mllama.MllamaTextConfig(**_llama_like(**text))
-    return tf.MllamaForConditionalGeneration(tf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=39))
+    return tf.MllamaForConditionalGeneration(
+        tf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=39)
+    )
 
 
 def _whisper(tf):
