@@ -825,6 +825,7 @@ def angle_profile(
 ) -> pd.DataFrame:  # base, other, matrix, side, rank (1..k), angle, random, forced
     "The sorted principal angles between the leading subspaces of one matrix, with the mean baseline; radians."
     base, other = tell_apart([as_checkpoint(base), as_checkpoint(other)])
+    other = other.named_as(base)
     if base.shape(matrix) != other.shape(matrix):
         raise CheckpointError(f"{matrix}: {base.shape(matrix)} in {base.label}, {other.shape(matrix)} in {other.label}")
     a, b = factors(base, matrix), factors(other, matrix)
@@ -1025,27 +1026,29 @@ def _shortened(notes):
     more = lambda names: f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [f"{names[0]}{more(names)}: {text}" for text, names in said.items()]
 
+# %% ../nbs/04_angles.ipynb #32f5185f
+def _apart(angles):
+    "Yields (end of a picture's name, rows) for each stack of a table."
+    if several_stacks(angles):
+        yield from ((f"-{_stack_word(stack)}", rows) for stack, rows in angles.groupby("stack", sort=False))
+    else:
+        yield "", angles
 
-def _maps(angles):
-    "Yields (base, other, end of the picture's name, rows) for each pair, and each stack of it."
-    for (base, other), t in angles.groupby(["base", "other"], sort=False):
-        if several_stacks(t):
-            yield from ((base, other, f"-{_stack_word(s)}", rows) for s, rows in t.groupby("stack", sort=False))
-        else:
-            yield base, other, "", t
+
+def _saved(figure, out, name, **options):
+    figure.savefig(Path(out) / f"{name}.png".replace("/", "_"), dpi=130, **options)
+    plt.close(figure)
 
 
 def _draw(tables, out):
-    "The pictures of a comparison, beside its tables."
-    for base, other, stack, t in _maps(tables.angles):
-        figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
-        for band, ax in zip(BANDS, axes):
-            plot_map(t, band, ax=ax)
-        figure.savefig(Path(out) / f"{base}-{other}{stack}.png".replace("/", "_"), dpi=130)
-        plt.close(figure)
-    figure = plot_angles(tables.angles).figure
-    figure.savefig(Path(out) / "angles.png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    "The pictures of a comparison, beside its tables: for each stack by itself."
+    for stack, rows in _apart(tables.angles):
+        for (base, other), t in rows.groupby(["base", "other"], sort=False):
+            figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
+            for band, ax in zip(BANDS, axes):
+                plot_map(t, band, ax=ax)
+            _saved(figure, out, f"{base}-{other}{stack}")
+        _saved(plot_angles(rows).figure, out, f"angles{stack}", bbox_inches="tight")
 
 # %% ../nbs/04_angles.ipynb #99f479a9
 def _pairs_of(n, each_with_each):

@@ -453,7 +453,8 @@ def test_towers_are_rows_of_their_own(pair, tmp_path, capsys):
     lines = [x for x in text.splitlines() if "layer by layer" in x]
     assert len(lines) == 2 and all(x.count("°") == 6 for x in lines)  # a floor beside every angle
     assert cli.main(["compare", str(a), str(b), "--out", str(tmp_path / "o"), "--cache", "none"]) == 0
-    assert {p.name for p in (tmp_path / "o").glob("a-b*.png")} == {"a-b-main.png", "a-b-vision_tower.png"}
+    names = {f"{x}-{stack}.png" for x in ("a-b", "angles") for stack in ("main", "vision_tower")}
+    assert {p.name for p in (tmp_path / "o").glob("*.png")} == names
 
 
 def test_other_maps_on_the_same_subspaces(pair, tmp_path, capsys):
