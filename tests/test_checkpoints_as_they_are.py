@@ -161,6 +161,18 @@ def test_outer_names_are_matched(pair, tmp_path, names):
     assert digests == [Checkpoint(x).digest() for x in (c, b)]
 
 
+def test_the_language_model_of_a_larger_one(pair, tmp_path):
+    "A vision-language model beside the language model that it was made from: the towers are left out."
+    w, v = pair
+    tower = {n.replace("model.layers", "vision_tower.encoder.layers"): t.clone() for n, t in w.items() if "layers" in n}
+    inside = {f"language_model.{n}": t for n, t in v.items()} | tower
+    a, b = write(tmp_path / "a", w), write(tmp_path / "b", v)
+    c = write(tmp_path / "c", inside, model_type="llava", text_config=dict(model_type="llama"))
+    assert compared(a, c).equals(compared(a, b))
+    left = [n for n in preflight(a, c) if "left out" in n]
+    assert len(left) == 1 and "vision_tower" in left[0]
+
+
 def test_names_that_may_mean_two_are_not_matched(pair, tmp_path):
     w, v = pair
     two = {f"{p}.{n}": t.clone() for p in ("actor", "critic") for n, t in v.items()}
