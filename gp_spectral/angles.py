@@ -7,9 +7,9 @@ Docs: https://gp-spectral.github.io/gp_spectral/angles.html.md"""
 # %% auto #0
 __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS_AMONG', 'INTRUDER_COSINE', 'MOST_ROWS', 'BAND_COLORS', 'SIDE_MARKERS',
            'principal_angles', 'band_size', 'band_slices', 'forced_zeros', 'random_angles', 'rounding_std',
-           'null_sigma', 'effective_dtype', 'floor_angles', 'degenerate_cuts', 'verdict', 'band_angles',
-           'frobenius_norm', 'block_energy', 'delta_energy', 'count_intruders', 'intruder_dimensions', 'Comparison',
-           'read_comparison', 'compare_all', 'compare', 'several_stacks', 'band_summary', 'angle_profile',
+           'null_sigma', 'effective_dtype', 'floor_angles', 'degenerate_cuts', 'verdict', 'isotropic_angle',
+           'band_angles', 'frobenius_norm', 'block_energy', 'delta_energy', 'count_intruders', 'intruder_dimensions',
+           'Comparison', 'read_comparison', 'compare_all', 'compare', 'several_stacks', 'band_summary', 'angle_profile',
            'plot_profile', 'plot_angles', 'plot_map', 'compare_arguments', 'run_compare', 'print_comparison']
 
 # %% ../nbs/04_angles.ipynb #38524d61
@@ -25,6 +25,7 @@ from .checkpoint import PARTS, TABLES, as_checkpoint, as_parts, common_weights, 
 from .checkpoint import tell_apart, with_base
 from .folders import CheckpointError, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
+from .page import write_page
 from .svd import SPLIT, as_cache, change_row, choose_drivers, factors, gram, gram_eigenvalues, long_side
 from .svd import looks_untrained, matmul, one_thread, plain_log, relative_change, short_factors, use_drivers
 import matplotlib.pyplot as plt
@@ -231,6 +232,36 @@ def _turn(A, B):
         return torch.asin(sin2.sqrt())
     return torch.where(sin2 < 0.5, torch.asin(sin2.sqrt()), torch.acos(_eigenvalues(C).sqrt().flip(0)))
 
+# %% ../nbs/04_angles.ipynb #871f5770
+def _mean_length(sums, squares):
+    "Mean length of Gaussian vectors from the sums of their variances, and of the squares of these."
+    nu = sums.square() / squares.clamp(min=1e-300)
+    chi = torch.exp(torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2)) * (2 / nu).sqrt()
+    return sums.sqrt() * torch.where(nu > 1e6, 1.0, chi)
+
+
+def isotropic_angle(
+    s,  # (r,) singular values
+    ranks,  # slice of ranks: the band
+    std,  # standard deviation of an entry of the noise: ‖ΔW‖ by the root of the number of entries
+    outside=0,  # unused dimensions of the side: rows minus ranks for U, columns minus ranks for V
+) -> float:  # radians; NaN where nothing lies beside the band, or `std` is no number
+    "The mean of the open principal angles that Gaussian noise of this size would cause in a band, to first order."
+    s, band = s.double(), torch.zeros(len(s), dtype=torch.bool)
+    band[ranks] = True
+    i, j = s[band, None], s[None, ~band]
+    v = std**2 * (i * i + j * j) / ((i - j) * (i + j)).square().clamp(min=1e-300)
+    v = v.clamp(max=1e12)
+    unused, sides = (std / i[:, 0].clamp(min=1e-300)).square().clamp(max=1e12), sorted((len(i), j.shape[1] + outside))
+    if not sides[0] or not std > 0:
+        return 0.0 if std == 0 and sides[0] else np.nan
+    if len(i) == sides[0]:
+        lengths = _mean_length(v.sum(1) + outside * unused, v.square().sum(1) + outside * unused.square())
+    else:  # the complement has fewer vectors, and turns by the same angles
+        towards = _mean_length(unused.sum(), unused.square().sum()).expand(outside)
+        lengths = torch.cat([_mean_length(v.sum(0), v.square().sum(0)), towards])
+    return float(torch.atan(lengths).mean()) * (1 - sides[0] / sides[1] / 8)
+
 # %% ../nbs/04_angles.ipynb #ba3e679f
 def _floors(s, t, ranks, std, outside):
     "The angles in a band that storage alone would cause, one tensor per side."
@@ -251,7 +282,7 @@ def _open_angles(A, B, floor, n):
     return angles, floor.numpy()[zeros:], random_angles(n, k)[:, zeros:]
 
 # %% ../nbs/04_angles.ipynb #cd8acc30
-def _band_row(side, band, n, k, measured, edges, sigma):
+def _band_row(side, band, n, k, measured, isotropic, edges, sigma):
     "One row of `band_angles`, but for its verdict."
     angles, floor, chance = measured
     return dict(
@@ -264,6 +295,7 @@ def _band_row(side, band, n, k, measured, edges, sigma):
         max=float(angles.max()),
         floor=float(floor.mean()),
         floor_max=float(floor.max()),
+        isotropic=isotropic if np.isfinite(angles).all() else np.nan,
         random_mean=float(chance.mean()),
         forced_zeros=forced_zeros(n, k),
         degenerate=edges > 0,
@@ -279,17 +311,18 @@ def _row_verdict(row, edges, nothing):
     return verdict(row["mean"], row["floor"], row["random_mean"], traded)
 
 
-def _band_rows(sides, s, t, slices, std):
-    "The rows of `band_angles`; `sides`: {'U': (n, {band: A}, {band: B})}, and V."
+def _band_rows(sides, s, t, slices, std, change):
+    """The rows of `band_angles`; `sides`: {'U': (n, {band: A}, {band: B})}, and V; deviations of an entry: `std` of its
+    rounding, `change` of Gaussian noise as large as the change."""
     null = null_sigma(std, [n for n, *_ in sides.values()])
     rows, moved, outside = {}, relative_change(s, t, zero=null)[0].abs(), [n - len(s) for n, *_ in sides.values()]
     for band, ranks in slices.items():
         floors, edges = _floors(s, t, ranks, std, outside), degenerate_cuts(s, ranks, std)
         nothing = min(s[ranks.start], t[ranks.start]) <= null
-        for (side, (n, A, B)), floor in zip(sides.items(), floors):
-            measured = _open_angles(A[band], B[band], floor, n)
+        for (side, (n, A, B)), floor, unused in zip(sides.items(), floors, outside):
+            measured, noise = _open_angles(A[band], B[band], floor, n), isotropic_angle(s, ranks, change, unused)
             # ranks that are zero sit at the end, and are left out of `moved`
-            row = _band_row(side, band, n, ranks.stop - ranks.start, measured, edges, moved[ranks])
+            row = _band_row(side, band, n, ranks.stop - ranks.start, measured, noise, edges, moved[ranks])
             rows[side, band] = row | dict(verdict=_row_verdict(row, edges, nothing))
     return [rows[side, band] for side in sides for band in slices]
 
@@ -299,13 +332,14 @@ def band_angles(
     other,  # `Factors` of the other, same shape
     fraction=0.2,  # see `band_slices`
     dtypes=(torch.float64,),  # what the matrices are stored in, for the floor: one dtype for each, or one for both
-) -> list:  # dictionaries: side, band, k, n, mean, median, max, floor, floor_max, random_mean, forced_zeros, …
+) -> list:  # dictionaries: side, band, k, n, mean, median, max, floor, floor_max, isotropic, random_mean, …
     "Angles of head, bulk and tail between two matrices that are already decomposed, for U and V, with verdicts."
     slices, shape = band_slices(len(base.s), fraction), (len(base.U), base.Vh.shape[1])
     std = sum(rounding_std(s, shape, d) ** 2 for s, d in zip((base.s, other.s), (*dtypes, dtypes[-1]))) ** 0.5
     cut = lambda X: {b: X[:, ranks] for b, ranks in slices.items()}
     U, V = (shape[0], cut(base.U), cut(other.U)), (shape[1], cut(base.Vh.T), cut(other.Vh.T))
-    return _band_rows({"U": U, "V": V}, base.s, other.s, slices, std)
+    W, X = (f.U.double() * f.s @ f.Vh.double() for f in (base, other))
+    return _band_rows({"U": U, "V": V}, base.s, other.s, slices, std, float((X - W).norm()) / np.prod(shape) ** 0.5)
 
 # %% ../nbs/04_angles.ipynb #9f08036d
 def frobenius_norm(
@@ -449,11 +483,11 @@ def _change(a, b, shape, fraction, details):
     return row | dict(untrained=untrained) | _details(a, b, delta, size, fraction, shape[0] >= shape[1])
 
 # %% ../nbs/04_angles.ipynb #1612d11b
-def _both_sides(a, b, tall, slices):
-    "The rows of `angles` for one matrix of two checkpoints."
+def _both_sides(a, b, tall, slices, change):
+    "The rows of `angles` for one matrix of two checkpoints; `change`: ‖ΔW‖ by the root of the number of entries."
     short, long = (len(a.s), a.short, b.short), (len(a.X), a.long, b.long)
     sides = {"U": long, "V": short} if tall else {"U": short, "V": long}
-    return _band_rows(sides, a.s, b.s, slices, (a.std**2 + b.std**2) ** 0.5)
+    return _band_rows(sides, a.s, b.s, slices, (a.std**2 + b.std**2) ** 0.5, change)
 
 
 def _measure(cs, pairs, m, fraction, details, cache, device):
@@ -468,8 +502,9 @@ def _measure(cs, pairs, m, fraction, details, cache, device):
         head = dict(base=cs[i].label, other=cs[j].label) | who
         same = i == j or torch.equal(Ws[i], Ws[j])  # then its vectors are the same, too, and only what is known differs
         other = known[i if same else j]._replace(s=known[j].s, std=known[j].std)
-        angles += [head | row for row in _both_sides(known[i], other, shape[0] >= shape[1], slices)]
         changes.append(head | _change(known[i], known[j], tuple(shape), fraction, details))
+        change = changes[-1]["weight_change"] * float(known[i].s.norm()) / np.prod(shape) ** 0.5
+        angles += [head | row for row in _both_sides(known[i], other, shape[0] >= shape[1], slices, change)]
     return angles, changes
 
 # %% ../nbs/04_angles.ipynb #85dea0bd
@@ -582,7 +617,7 @@ def _begin(cs, pairs, matrices, asked, device, out, everyone):
     if everyone.rank == 0:
         use_drivers(job.plan().get("drivers", {}))
         plan = dict(
-            version=2,
+            version=3,
             checkpoints=[str(c.path.resolve()) if c.path else c.where for c in cs],
             labels=[c.label for c in cs],
             files=[c.stamp() for c in cs],
@@ -793,17 +828,19 @@ def several_stacks(
 def band_summary(
     angles,  # the table of a comparison
     by="kind",  # 'kind', 'layer', 'matrix', 'side', 'stack' or a list of them; each stack by itself in any case
-) -> pd.DataFrame:  # base, other, by, band; matrices, angle, floor, random (means, degrees), rotated (part of the rows)
+) -> (
+    pd.DataFrame
+):  # base, other, by, band; matrices; angle, floor, isotropic, random (means, degrees); rotated (part of the rows)
     "What bands did, in degrees, with the part of the rows that turned beyond noise."
     by = [by] if isinstance(by, str) else list(by)
     apart = several_stacks(angles) and not {"stack", "matrix"} & set(by)
     by = ["base", "other", *(["stack"] if apart else []), *by, "band"]
-    columns = dict(angle="mean", floor="floor", random="random_mean")
+    columns = dict(angle="mean", floor="floor", isotropic="isotropic", random="random_mean")
     degrees = {name: np.degrees(angles[column]) for name, column in columns.items()}
     t = angles.assign(
         **degrees, rotated=_is_rotated(angles.verdict), band=pd.Categorical(angles.band, BANDS, ordered=True)
     )
-    means = {c: (c, "mean") for c in ("angle", "floor", "random", "rotated")}
+    means = {c: (c, "mean") for c in (*columns, "rotated")}
     t = t.groupby(by, sort=False, observed=True, dropna=False).agg(matrices=("matrix", "nunique"), **means)
     order = by[:2] + (["band"] if len(by) == 3 else by[2:])
     return t.reset_index().sort_values(order, kind="stable", ignore_index=True)
@@ -971,6 +1008,8 @@ _WORDS = """words:
   U, V              the two sides of a matrix: U is what it writes (its outputs), V what it reads (its inputs)
   angle             mean principal angle between the two bands, in degrees: 0 is the same subspace
   floor             the angle that rounding to the stored dtype would cause by itself
+  isotropic         the angle that Gaussian noise as large as the change would cause: what lies above it has turned
+                    more than any change of this size does, what lies below it was kept
   random            the angle of two random subspaces of this size: nothing in common
   rotated           the part of the rows whose angle is more than twice its floor
   ‖ΔW‖²             the sum of the squares of all differences, of all weights or of a part of them
@@ -1041,7 +1080,8 @@ def _saved(figure, out, name, **options):
 
 
 def _draw(tables, out):
-    "The pictures of a comparison, beside its tables: for each stack by itself."
+    "The page of a comparison, and its pictures, beside its tables: for each stack by itself."
+    write_page(tables, Path(out) / "report.html")
     for stack, rows in _apart(tables.angles):
         for (base, other), t in rows.groupby(["base", "other"], sort=False):
             figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
@@ -1074,7 +1114,9 @@ def run_compare(
     if group().rank == 0:
         print_comparison(tables)
         _draw(tables, args.out)
-        print(f"\ntables and pictures: {args.out} ({time.time() - begun:.0f} s)")
+        print(
+            f"\nthe page: {Path(args.out) / 'report.html'}; tables and pictures beside it ({time.time() - begun:.0f} s)"
+        )
 
 # %% ../nbs/04_angles.ipynb #5047502c
 def _said_of_pair(base, other, t, changes):
@@ -1172,17 +1214,19 @@ def _said_of_layers(t):
         if len(layers) > 1:
             yield f"  mean head angle (floor), layer by layer{f' of {_stack_word(stack)}' if apart else ''}: {each}"
     yield (
-        "  angle, floor, random: mean principal angles in degrees; floor: what storage alone would cause; "
+        "  angle, floor, isotropic, random: mean principal angles in degrees; floor: what storage alone would cause; "
+        "isotropic: noise as large as the change; "
         "rotated: share of rows above it"
     )
 
 
 def _said_of_furthest(t, most):
-    "The rows that turned furthest, beside random subspaces."
-    top = t[_is_rotated(t.verdict)].assign(ratio=t["mean"] / t.random_mean).nlargest(most, "ratio")
-    yield "  furthest, relative to random subspaces:"
+    "The rows that turned furthest, beside noise as large as the change."
+    top = t[_is_rotated(t.verdict)].assign(ratio=t["mean"] / t.isotropic).nlargest(most, "ratio")
+    yield "  furthest, relative to noise as large as the change:"
     for x in top.itertuples():
-        angle = f"{np.degrees(x.mean):.2f}° of {np.degrees(x.random_mean):.0f}°, floor {np.degrees(x.floor):.2g}°"
+        angle = f"{np.degrees(x.mean):.2f}°, {x.ratio:.1f} times its {np.degrees(x.isotropic):.2f}°"
+        angle += f" (random {np.degrees(x.random_mean):.0f}°, floor {np.degrees(x.floor):.2g}°)"
         edge = ", the band's edge is degenerate" if x.degenerate else ""
         yield f"    {x.matrix} {x.side} {x.band}: {angle}{edge}"
 

@@ -104,7 +104,7 @@ def _in_words(study, base, other, kind, layer, seed):
 
 # %% ../nbs/07_explore.ipynb #094a89b6
 def explore(
-    folder="runs/tiny",  # the run folder of a finished study
+    folder="runs/tiny-rule",  # the run folder of a finished study
     seed=0,  # which repetition
 ) -> widgets.VBox:  # controls above the figure
     "An explorer of a study: pair, matrix, layer, band and k; a `ValueError` where there is no such study or seed."

@@ -83,7 +83,7 @@ _Trainings = make_dataclass("_Trainings", _settings, bases=(_Keyed,), frozen=Tru
 class Game(_Keyed):
     "The game, and the model that plays it."
 
-    model: str = option("tiny", "what all begins with: tiny, smollm2, a folder, or org/name on the hub")
+    model: str = option("tiny", "what all begins with: tiny, tiny-rule, smollm2, a folder, or org/name on the hub")
     bases: tuple[str, ...] = option((), "instead of model: several, one after the other, each with so many seeds")
     id_rule: str = option("faces_as_ten", "the rule that is trained")
     ood_rule: str = option("faces_as_rank", "the other rule")
@@ -348,10 +348,11 @@ def preset_names() -> list:
 
 def preset_arguments(
     parser: argparse.ArgumentParser,  # of a command that reads a preset
+    default: str = "tiny",  # preset
 ):
     "Adds --preset and --set."
     names = f"section of settings.ini: {', '.join(preset_names())}, or your own"
-    parser.add_argument("--preset", default="tiny", help=names)
+    parser.add_argument("--preset", default=default, help=f"{names} (default {default})")
     text = "overrides one setting of the preset; may be repeated; `gp-spectral settings` lists all"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 

@@ -6,9 +6,9 @@ Docs: https://gp-spectral.github.io/gp_spectral/report.html.md"""
 
 # %% auto #0
 __all__ = ['MARGIN', 'TWINS', 'CLAIMS_HEAD', 'SUCCESS_HEAD', 'FAULTS', 'FAULTS_HEAD', 'interval', 'verdict', 'p_value', 'judged',
-           'detectable', 'holm', 'two_way', 'contrast', 'fieller', 'jackknife', 'claims', 'collect', 'plot_training',
-           'plot_success', 'plot_twins', 'plot_starts', 'plot_matrix', 'plot_recovery_sizes', 'plot_recovery_bars',
-           'figures', 'claims_rows', 'success_rows', 'fault_rows', 'write_report']
+           'detectable', 'holm', 'two_way', 'contrast', 'fieller', 'jackknife', 'claims', 'sentences', 'collect',
+           'plot_training', 'plot_success', 'plot_twins', 'plot_starts', 'plot_matrix', 'plot_recovery_sizes',
+           'plot_recovery_bars', 'figures', 'claims_rows', 'success_rows', 'fault_rows', 'write_report']
 
 # %% ../nbs/06b_report.ipynb #b9a5d9da
 import base64
@@ -18,7 +18,6 @@ import json
 import math
 from pathlib import Path
 
-import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -29,6 +28,7 @@ from .angles import angle_profile, plot_angles, plot_profile
 from .checkpoint import Checkpoint
 from .folders import atomic
 from .recovery import METHODS, load_methods, plot_recovery
+from .page import TEMPLATES, chart_json, library, turn_map
 from .play import RULE_COLORS, success_rate
 from .stages import NAMES, clock, edit_name, no_signal, versions
 from .svd import CHECKPOINT_COLORS, plot_sigma_change, plot_spectrum
@@ -355,7 +355,7 @@ def _closed(evidence, *starts):
     if "gate" not in evidence.tables:
         return ""
     at = evidence.tables["gate"].groupby("start").success.mean()
-    shut = [f"from step {s} {told}" for s in starts if (told := no_signal(at[s]))]
+    shut = [f"from step {s}: {told}" for s in starts if (told := no_signal(at[s]))]
     return "; ".join(shut)
 
 
@@ -657,6 +657,106 @@ def claims(
     evidence = _Evidence(tables, end, band)
     return _adjusted(pd.DataFrame([row for claim in _CLAIMS for row in claim(evidence)]))
 
+# %% ../nbs/06b_report.ipynb #9bbcb423
+def _said(table, part):
+    "The row of the claims whose text has this part."
+    return next(row for row in table.itertuples() if part in row.text)
+
+
+def _points(row):
+    "An effect on success, in words."
+    bounded = math.isfinite(row.low) and math.isfinite(row.high)
+    span = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}" if bounded else "no interval with one seed"
+    return f"{100 * row.effect:+.1f} points ({span})"
+
+
+def _success_of(evidence, checkpoint, rule):
+    "Success of a checkpoint in percent, the mean over units."
+    by_seed = evidence.by_checkpoint[checkpoint, rule].dropna().groupby(level="seed").mean()
+    return 100 * by_seed.groupby(evidence.unit).mean().mean()
+
+
+def _of_sft(evidence, table):
+    fall = _said(table, "OOD success falls during SFT")
+    held = {rule: [_success_of(evidence, c, rule) for c in ("base", "end")] for rule in ("ID", "OOD")}
+    told = "SFT took success on held-out hands from {:.0f} to {:.0f} % under the rule that it trains".format(
+        *held["ID"]
+    )
+    told += ", and from {:.0f} to {:.0f} % under the other rule: ".format(*held["OOD"]) + _points(fall)
+    return told + ("." if fall.verdict == "reproduced" else "; that it fell is not established.")
+
+# %% ../nbs/06b_report.ipynb #a117db2c
+_HALF = {
+    "reproduced": "more than half of what SFT had taken",
+    "not reproduced": "less than half of what SFT had taken",
+    "undecided": "and whether that is half of what SFT had taken is undecided",
+}
+
+
+def _of_rl(evidence, table):
+    half, gain = _said(table, "gives back more than half"), _said(table, "RL raises OOD success")
+    if half.verdict == "no signal":
+        return f"RL had no signal: {half.note}."
+    told = f"RL on the same rule then changed success under the other one by {_points(gain)}"
+    told += f", {_HALF[half.verdict]}" if half.verdict in _HALF else "; these hands show no loss that it could heal"
+    twins = [f"{TWINS[t]} {_success_of(evidence, t, 'OOD'):.0f} %" for t in _twins(evidence)]
+    own = f"RL {_success_of(evidence, 'rl', 'OOD'):.0f} %"
+    return f"{told}. Trained on the same prompts from there: {', '.join([own, *twins])}." if twins else f"{told}."
+
+# %% ../nbs/06b_report.ipynb #718d111c
+_BESIDE = {
+    "reproduced": "more than plain interpolation that keeps as much of the trained rule",
+    "not reproduced": "and plain interpolation that keeps as much of the trained rule gives back {}",
+    "undecided": "and whether that is more than plain interpolation gives back is undecided",
+}
+
+
+def _of_repair(evidence, table):
+    back, beside = (
+        _said(table, "merge gives back OOD success (−"),
+        _said(table, "the anchored merge gives back more OOD"),
+    )
+    told = f"Without any training, restoring the leading {evidence.band:.0%} of singular directions gives back "
+    alike = f"as much, within {100 * MARGIN:.0f} points" if beside.high >= 0 else "more"
+    return f"{told}{_points(back)}, {_BESIDE[beside.verdict].format(alike)}."
+
+
+def _most_turned(evidence):
+    "(matrix, how many times as far as under noise) of that whose head RL turned most, by noise of the same size."
+    head = evidence.tables["angles"].query("band == 'head' and base == 'end'")
+    mean = head.groupby(["other", "matrix"])["mean"].mean()
+    ratio = mean["rl"] / mean["noise"]
+    return ratio.idxmax().removesuffix(".weight"), ratio.max()
+
+
+def _of_spectra(evidence, table):
+    head, tail = (_said(table, f"RL: the {band} turns more").effect for band in ("head", "tail"))
+    matrix, most = _most_turned(evidence)
+    told = (
+        f"RL turned the leading singular vectors {head:.2f} times as far as noise of the same size, the trailing ones"
+    )
+    return f"{told} {tail:.2f} times; most of all {matrix}, {most:.1f} times."
+
+# %% ../nbs/06b_report.ipynb #2c62e15e
+def _of_claims(_, table):
+    primary = table[table.primary].sort_values("claim").groupby("verdict").claim.agg(", ".join)
+    found = "; ".join(f"{verdict}: {primary[verdict]}" for verdict in _ORDER if verdict in primary)
+    return f"Of the paper's seven claims, {found}."
+
+
+_ORDER = "reproduced", "not reproduced", "undecided", "no signal", "untested"
+
+
+def sentences(
+    tables,  # {name: table} of a study, as for `claims`
+    table,  # what `claims` made of them
+    end,  # the SFT step of SFT_End
+    band,  # share of the ranks in head and tail
+) -> list:  # five texts
+    "What a study found: what SFT did, what RL gave back, what a repair gives back, which claims stand, what turned."
+    evidence = _Evidence(tables, end, band)
+    return [tell(evidence, table) for tell in (_of_sft, _of_rl, _of_repair, _of_claims, _of_spectra)]
+
 # %% ../nbs/06b_report.ipynb #f2dbfcb2
 _STAGE_TABLES = dict(  # stage: its tables, which have a column for the seed
     evaluations=("evaluations", "forced", "sampled", "losses"),
@@ -919,17 +1019,24 @@ def _edit_of_bar(key, band):
 
 # %% ../nbs/06b_report.ipynb #fe52dcd6
 def _plot_bar(ax, x, rows, color):
-    "An edit's share of the loss in percent, with its interval and a dot per seed."
+    "An edit's share of the loss in percent, with its interval; how far both reach."
     given_back, low, high, _ = fieller(*two_way(rows, ["gain", "loss"]))
     ax.bar(x, 100 * given_back, color=color, width=0.7, alpha=0.75, edgecolor="0.2", linewidth=0.6)
     if math.isfinite(low):  # the white rim is seen on dark bars, too
         rim = [withStroke(linewidth=2.5, foreground="white")]
         ax.vlines(x, 100 * low, 100 * high, color="0.2", lw=1, path_effects=rim)
+    place = dict(xytext=(9, 3), textcoords="offset points", fontsize=8.5)
+    ax.annotate(f"{round(100 * given_back):.0f}", (x, 100 * max(given_back, 0)), **place)
+    return [100 * y for y in (given_back, low, high) if math.isfinite(y)]
+
+
+def _plot_dots(ax, x, rows):
+    "A dot per seed or base that lost something; where it lies outside the axis, at its edge."
+    bottom, top = ax.get_ylim()
     for gain, loss in rows.groupby("seed")[["gain", "loss"]].mean().to_numpy():
         if loss > 0:
-            ax.plot(x, min(200, max(-150, 100 * gain / loss)), "o", color="black", ms=3.5, mfc="white", zorder=3)
-    place = dict(xytext=(9, 3), textcoords="offset points", fontsize=8.5)
-    ax.annotate(f"{100 * given_back:.0f}", (x, 100 * max(given_back, 0)), **place)
+            y = min(top, max(bottom, 100 * gain / loss))
+            ax.plot(x, y, "o", color="black", ms=3.5, mfc="white", zorder=3, clip_on=False)
 
 # %% ../nbs/06b_report.ipynb #53f5d30b
 def plot_recovery_bars(
@@ -941,15 +1048,18 @@ def plot_recovery_bars(
     ax = ax or plt.subplots(figsize=(9, 3.6), layout="constrained")[1]
     by_edit = _by_edit(tables)
     load_methods()
-    bars = _bars(by_edit)
+    bars, reach, rows = _bars(by_edit), [0, 100], []
     for x, key in enumerate(bars):
         edit, color = _edit_of_bar(key, band)
-        _plot_bar(ax, x, _by_unit(_gain_and_loss(by_edit, edit), _units(tables)), color)
+        rows.append(_by_unit(_gain_and_loss(by_edit, edit), _units(tables)))
+        reach += _plot_bar(ax, x, rows[x], color)
     for level in (0, 100):
         ax.axhline(level, color="0.5", lw=0.9, zorder=0)
     ax.axhspan(70, 80, color="0.85", zorder=0)
     ax.set_xticks(range(len(bars)), bars.values(), fontsize=8.5)
-    _tidy(ax, ylabel="share of the loss given back (%)", ylim=(-160, 210))
+    _tidy(ax, ylabel="share of the loss given back (%)", ylim=(max(-150, min(reach)) - 5, min(200, max(reach)) + 10))
+    for x, of_edit in enumerate(rows):
+        _plot_dots(ax, x, of_edit)
     return ax
 
 # %% ../nbs/06b_report.ipynb #00c3df5c
@@ -1075,7 +1185,7 @@ def _interval_text(row):
     return "one seed" if row.seeds else "–"
 
 # %% ../nbs/06b_report.ipynb #ba443688
-CLAIMS_HEAD = ["claim", "in words", "effect", "95 % interval", "claim says", "seeds", "verdict"]
+CLAIMS_HEAD = ["claim", "in words", "effect", "95 % interval", "claim says", "units", "verdict"]
 
 
 def claims_rows(
@@ -1162,16 +1272,18 @@ def fault_rows(
             if len(rows):
                 yield label, rule, *(_percent(rows.fault == f) for f in FAULTS), _percent(rows.solved_first)
 
+# %% ../nbs/06b_report.ipynb #2d9e1ad8
+def _map(tables):
+    "The map of what turned as JSON, angles being means over seeds; '' for tables of before there was `isotropic`."
+    if "isotropic" not in tables["angles"]:
+        return ""
+    of = ["base", "other", "matrix", "layer", "kind", "side", "band"]
+    numbers = dict.fromkeys(("mean", "isotropic", "floor", "random_mean"), "mean")
+    rows = tables["angles"].groupby(of, sort=False, dropna=False)
+    return chart_json(turn_map(rows.agg(numbers | dict(verdict=lambda v: v.mode()[0])).reset_index()))
+
 # %% ../nbs/06b_report.ipynb #96402e48
-_TEMPLATES = Path(__file__).parent / "templates" if "__file__" in globals() else Path("../gp_spectral/templates")
-_JINJA = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_TEMPLATES, encoding="utf-8"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_JINJA.filters["clock"] = clock
+TEMPLATES.filters["clock"] = clock
 
 _RULES = {"faces_as_ten": "J, Q, K = 10", "faces_as_rank": "J, Q, K = 11, 12, 13"}
 
@@ -1179,8 +1291,9 @@ _RULES = {"faces_as_ten": "J, Q, K = 10", "faces_as_rank": "J, Q, K = 11, 12, 13
 def _page(study, tables, pictures, command):
     "The report as HTML; `pictures`: (title, how to read it, bytes of a png file)."
     preset, single = study.preset, tables["evaluations"].query("allowed == 1")
-    return _JINJA.get_template("report.html.j2").render(
+    return TEMPLATES.get_template("report.html.j2").render(
         preset=preset,
+        sentences=sentences(tables, tables["claims"], preset.sft_steps, preset.band),
         settings=json.dumps(dataclasses.asdict(preset)),
         id_rule=_RULES.get(preset.id_rule, preset.id_rule),
         ood_rule=_RULES.get(preset.ood_rule, preset.ood_rule),
@@ -1193,6 +1306,8 @@ def _page(study, tables, pictures, command):
         success=list(success_rows(tables)),
         faults_head=FAULTS_HEAD,
         faults=list(fault_rows(tables)),
+        bundle=library(),
+        map=_map(tables),
         command=command,
         times=tables["times"].groupby("stage", sort=False).seconds.sum().sort_values(ascending=False),
         versions=versions(),

@@ -311,7 +311,7 @@ class Study:
 @patch(cls_method=True)
 def open(
     cls: Study,
-    root: str | Path = "runs/tiny",  # what `gp-spectral study` wrote
+    root: str | Path = "runs/tiny-rule",  # what `gp-spectral study` wrote
 ) -> Study:
     "A finished study; a `ValueError` when `root` holds none."
     tables = Path(root) / "tables"
@@ -496,7 +496,7 @@ def no_signal(
 ) -> str:  # '' where there is one
     "Why there is nothing for RL to learn from."
     low, high = GATE
-    told = f"{success:.0%} of the first round's answers are right, {low:.0%} to {high:.0%} are asked for"
+    told = f"{100 * success:.3g} % of the first round's answers are right, {low:.0%} to {high:.0%} are asked for"
     return "" if low <= success <= high else told
 
 # %% ../nbs/06a_stages.ipynb #a99c86f8

@@ -15,7 +15,7 @@ PICTURES_AT = "https://raw.githubusercontent.com/gp-spectral/gp_spectral/main"  
 PICTURES = {
     "success": "plot_success(",
     "recovery": "plot_recovery_bars(",
-}  # nbs/studies/tiny/<name>.png: of the cell in nbs/studies/tiny.ipynb that says so
+}  # nbs/studies/rule/<name>.png: of the cell in nbs/studies/rule.ipynb that says so
 FENCE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -86,7 +86,7 @@ def readme(root=ROOT):
 
 def pictures(root=ROOT):
     "{file: bytes} of the pictures that index.ipynb shows, as they stand in the notebook that draws them."
-    cells = json.loads((root / "nbs/studies/tiny.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((root / "nbs/studies/rule.ipynb").read_text(encoding="utf-8"))["cells"]
 
     def drawn(call):
         return next(
@@ -98,7 +98,7 @@ def pictures(root=ROOT):
         )
 
     return {
-        root / f"nbs/studies/tiny/{name}.png": base64.b64decode(_text(drawn(call))) for name, call in PICTURES.items()
+        root / f"nbs/studies/rule/{name}.png": base64.b64decode(_text(drawn(call))) for name, call in PICTURES.items()
     }
 
 

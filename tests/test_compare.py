@@ -907,3 +907,28 @@ def test_bad_requests(trio, tmp_path, capsys):
     same_name = write(tmp_path / "x" / "base", weights(dtype=torch.bfloat16, layers=6))
     t = compare(trio[0], same_name, progress=False)
     assert len(set(t.base) | set(t.other)) == 2  # two folders of one name stay apart
+
+
+def test_isotropic_is_the_angle_of_noise_of_the_same_size(tmp_path):
+    "For Gaussian noise it is what is measured; for as large a change within the head it is far less."
+    torch.manual_seed(0)
+    base, noise, head = {}, {}, {}
+    for i in range(6):
+        U, V = (torch.linalg.qr(torch.randn(n, 64, dtype=torch.float64))[0] for n in (96, 64))
+        s = torch.logspace(0, -1.5, 64, dtype=torch.float64)
+        W, name = U * s @ V.T, f"model.layers.{i}.mlp.up_proj.weight"
+        G = torch.randn(96, 64, dtype=torch.float64)
+        C = torch.zeros(64, 64, dtype=torch.float64)
+        C[:13, 13:] = torch.randn(13, 51, dtype=torch.float64)  # turns the head out of itself
+        base[name] = W
+        for moved, D in ((noise, G), (head, U @ C @ V.T)):
+            moved[name] = W + 0.01 * W.norm() / D.norm() * D
+    a, b, c = (write(tmp_path / n, w) for n, w in dict(a=base, b=noise, c=head).items())
+    t = compare_all([a, b, c], progress=False, cache=None).angles.assign(ratio=lambda t: t["mean"] / t.isotropic)
+    ratio = t.groupby(["other", "band"]).ratio.mean()
+    assert ratio["b"].between(0.85, 1.15).all(), ratio
+    assert ratio["c", "head"] > 1.5 and t.isotropic[t.other == "b"].mean() == pytest.approx(
+        t.isotropic[t.other == "c"].mean(), rel=1e-6
+    )
+    still = compare_all([a, a], progress=False, cache=None).angles
+    assert (still.isotropic == 0).all()

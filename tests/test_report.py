@@ -183,7 +183,7 @@ def test_an_edit_on_the_line_is_not_above_it():
     "An edit that is an interpolation, only called otherwise, gives back what interpolation gives back."
     twin = EDITS | {"anchored 20%": EDITS["interpolate_to_norm 20%"]}
     found = {t: v for _, t, v in verdicts(made_up(PAPER, twin, hands=1200))}
-    assert next(v for t, v in found.items() if "anchored merge gives back more" in t) == "undecided"
+    assert next(v for t, v in found.items() if "anchored merge gives back more" in t) != "reproduced"
 
 
 def test_a_seed_that_lost_nothing_is_not_left_out():
@@ -221,7 +221,8 @@ def test_rl_is_read_beside_its_twins():
     tables = with_twins(dict(constant=0.2, worked=0.55, rft=0.7), made_up(PAPER, EDITS))
     rows = claims(tables, end=20, band=0.2)
     said = {t: r.verdict for r in rows.itertuples() for t in report.TWINS.values() if t in r.text}
-    assert said == {"RL on a constant reward": "reproduced", "SFT that goes on": "undecided", "RFT": "not reproduced"}
+    no = "not reproduced"
+    assert said == {"RL on a constant reward": "reproduced", "SFT that goes on": no, "RFT": no}
     assert not rows.note.str.contains("no twin").any()
     assert claims(made_up(PAPER, EDITS), end=20, band=0.2).note.str.contains("no twin").sum() == 2
 
@@ -364,3 +365,43 @@ def test_the_page_needs_no_network():
 def test_a_name_that_nobody_gives_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="preset"):
         report._JINJA.get_template("report.html.j2").render()
+
+
+def test_five_sentences_say_what_the_rows_say():
+    "In a world as the paper says, in its contrary, and where RL had no signal; what is undecided is called so."
+    of = lambda tables: report.sentences(tables, claims(tables, 20, 0.2), 20, 0.2)
+    sft, rl, repair, which, spectra = of(with_twins(dict(constant=0.2), made_up(PAPER, EDITS)))
+    assert "from 30 to 20 % under the other rule" in sft or "% under the other rule: -" in sft
+    assert "more than half of what SFT had taken" in rl and "RL on a constant reward 2" in rl
+    assert "more than plain interpolation that keeps" in repair and "reproduced: C1, C2, C3, C4, C5, C6" in which
+    assert "times as far as noise" in spectra and "most of all" in spectra
+    worse = EDITS | {"anchored 20%": (0.2, 0.45)}
+    _, rl, repair, which, _ = of(made_up(CONTRARY, worse))
+    assert "less than half" in rl and "gives back more" in repair and "not reproduced: C1, C2, C3" in which
+    shut = with_twins({}, made_up(PAPER, EDITS))
+    closed = shut["gate"].assign(success=0.01)
+    assert of(shut | dict(gate=closed))[1].startswith("RL had no signal: from step 20: 1 % of the first round")
+    told = " ".join(of(made_up(PAPER, EDITS, seeds=1)))
+    assert "no interval with one seed" in told and "is undecided" in told and "nan" not in told
+
+
+def test_a_rise_below_the_margin_is_none():
+    "Equivalence by the same interval: no rise of three points or more; a small one that is there stays one."
+    row = lambda *x, **k: report._row("C", "t", (*x, 6), **k)
+    assert row(0.0, -0.02, 0.02)["verdict"] == "not reproduced" and row(0.0, -0.04, 0.04)["verdict"] == "undecided"
+    assert "by less than 3 points" in row(0.0, -0.02, 0.02)["note"] and row(0.0, -0.02, 0.02)["p"] < 0.05
+    assert (
+        row(0.02, 0.01, 0.029)["verdict"] == "reproduced" and row(0.0, -0.02, 0.02, margin=0)["verdict"] == "undecided"
+    )
+    assert row(0.0, -0.02, 0.02, side="<")["verdict"] == "not reproduced"
+    assert row(0.0, -0.02, 0.02, unit="ratio")["verdict"] == "undecided"  # the margin is one of success
+
+
+def test_what_could_have_been_decided_is_decided_that_often():
+    "Normal data, six seeds: an effect of `detectable` size is decided in 75 to 85 % of 2,000 studies."
+    rng = np.random.default_rng(3)
+    sizes = [report.detectable(report.interval(rng.normal(size=6))) for _ in range(2000)]
+    effect = float(np.mean(sizes))  # studies differ in what they see; the mean of them is what is planned with
+    found = np.mean([verdict(*report.interval(effect + rng.normal(size=6))[1:3]) == "reproduced" for _ in range(2000)])
+    assert 0.75 < found < 0.85
+    assert report.detectable((0.1, -np.inf, np.inf, 1)) == np.inf
