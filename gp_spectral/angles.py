@@ -824,7 +824,7 @@ def several_stacks(
     "Whether a table is of more than one stack: towers, or an encoder and a decoder."
     return "stack" in angles and angles["stack"].nunique() > 1
 
-
+# %% ../nbs/04_angles.ipynb #4a6cc718
 def band_summary(
     angles,  # the table of a comparison
     by="kind",  # 'kind', 'layer', 'matrix', 'side', 'stack' or a list of them; each stack by itself in any case
