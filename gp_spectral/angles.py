@@ -971,6 +971,11 @@ def plot_angles(
     return ax
 
 # %% ../nbs/04_angles.ipynb #6a012ff9
+def _kinds_by_stack(t):
+    "A table whose kinds have their stack in front, where there are several."
+    return t.assign(kind=(t["stack"] + " " + t.kind).str.strip()) if several_stacks(t) else t
+
+
 def _grid(t, column, kinds):
     return t.pivot_table(index="kind", columns="layer", values=column).reindex(kinds)
 
@@ -989,8 +994,7 @@ def plot_map(
     degrees, word = value == "degrees", "mean angle (degrees)" if value == "degrees" else "mean angle / floor"
     t = t.assign(shown=np.degrees(t["mean"]) if degrees else t["mean"] / t.floor)
     t = t.assign(quiet=~_is_rotated(t.verdict), layer=t.layer.fillna(-1).astype(int))
-    if several_stacks(t):
-        t = t.assign(kind=(t["stack"] + " " + t.kind).str.strip())
+    t = _kinds_by_stack(t)
     kinds = list(dict.fromkeys(t.kind))
     grid = _grid(t, "shown", kinds)
     ax = ax or plt.subplots(figsize=(min(11, 3 + 0.4 * grid.shape[1]), 1 + 0.3 * len(kinds)), layout="constrained")[1]
@@ -1081,7 +1085,7 @@ def _saved(figure, out, name, **options):
 
 def _draw(tables, out):
     "The page of a comparison, and its pictures, beside its tables: for each stack by itself."
-    write_page(tables, Path(out) / "report.html")
+    write_page(tables._replace(angles=_kinds_by_stack(tables.angles)), Path(out) / "report.html")
     for stack, rows in _apart(tables.angles):
         for (base, other), t in rows.groupby(["base", "other"], sort=False):
             figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
