@@ -979,7 +979,7 @@ def _kinds_by_stack(t):
 def _grid(t, column, kinds):
     return t.pivot_table(index="kind", columns="layer", values=column).reindex(kinds)
 
-
+# %% ../nbs/04_angles.ipynb #068869f4
 def plot_map(
     table,  # the table `angles` of a comparison, one pair
     band="head",  # 'head', 'bulk' or 'tail'
