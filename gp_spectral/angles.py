@@ -9,8 +9,8 @@ __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS_AMONG', 'INTRUDER_COSINE', 'M
            'principal_angles', 'band_size', 'band_slices', 'forced_zeros', 'random_angles', 'rounding_std',
            'null_sigma', 'effective_dtype', 'floor_angles', 'degenerate_cuts', 'verdict', 'isotropic_angle',
            'band_angles', 'frobenius_norm', 'block_energy', 'delta_energy', 'count_intruders', 'intruder_dimensions',
-           'Comparison', 'read_comparison', 'compare_all', 'compare', 'band_summary', 'angle_profile', 'plot_profile',
-           'plot_angles', 'plot_map', 'compare_arguments', 'run_compare', 'print_comparison']
+           'Comparison', 'read_comparison', 'compare_all', 'compare', 'several_stacks', 'band_summary', 'angle_profile',
+           'plot_profile', 'plot_angles', 'plot_map', 'compare_arguments', 'run_compare', 'print_comparison']
 
 # %% ../nbs/04_angles.ipynb #38524d61
 import argparse
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-from .checkpoint import PARTS, TABLES, as_checkpoint, as_parts, common_weights, preflight
+from .checkpoint import PARTS, TABLES, as_checkpoint, as_parts, common_weights, number, preflight
 from .checkpoint import tell_apart, with_base
 from .folders import CheckpointError, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
@@ -401,7 +401,7 @@ def intruder_dimensions(
 class Comparison(NamedTuple):
     "What `compare_all` found: four tables, all with base and other in front."
 
-    angles: pd.DataFrame  # matrix, layer, kind, and the columns of `band_angles`; angles in radians
+    angles: pd.DataFrame  # matrix, layer, kind, stack, and the columns of `band_angles`; angles in radians
     # likewise `change_row`, unchanged (of the numbers), untrained, `delta_energy`, intruders_U, intruders_V
     changes: pd.DataFrame
     # a row per part: part, tensors, weights, left_out (tensors that could not be subtracted), weight_norm (of the
@@ -498,7 +498,8 @@ def _measure(cs, pairs, m, fraction, details, cache, device):
     known = {i: _known(cs[i], m, W, work, slices, cache, device) for i, W in Ws.items()}
     angles, changes = [], []
     for i, j in pairs:
-        head = dict(base=cs[i].label, other=cs[j].label, matrix=m.name, layer=m.layer, kind=m.kind)
+        who = dict(matrix=m.name, layer=m.layer, kind=m.kind, stack=m.stack)
+        head = dict(base=cs[i].label, other=cs[j].label) | who
         same = i == j or torch.equal(Ws[i], Ws[j])  # then its vectors are the same, too, and only what is known differs
         other = known[i if same else j]._replace(s=known[j].s, std=known[j].std)
         changes.append(head | _change(known[i], known[j], tuple(shape), fraction, details))
@@ -687,7 +688,7 @@ def _run(cs, matrices, measure, everyone, device, job, progress, workers):
         return run_pieces(lambda i: measure(matrices[i]), hand, costs, at_once, job, speak, "matrices")
 
 # %% ../nbs/04_angles.ipynb #8217fbd7
-def _check_request(cs, pairs, kinds, include, fraction, workers, several, out):
+def _check_request(cs, pairs, kinds, layers, include, fraction, workers, several, out):
     "What is wrong with a request is told before the work."
     if not pairs:
         raise ValueError("nothing to compare: give at least two checkpoints")
@@ -695,7 +696,7 @@ def _check_request(cs, pairs, kinds, include, fraction, workers, several, out):
         if part not in TABLES:
             raise ValueError(f"include: {part} are no matrices, only {' and '.join(TABLES)} can be decomposed")
     for i, j in pairs:
-        preflight(cs[i], cs[j], kinds, include)
+        preflight(cs[i], cs[j], kinds, include, layers)
     band_slices(2, fraction)
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}: expected at least 1")
@@ -717,6 +718,14 @@ def _gone_if_hopeless(job, made):
 def _is_finished(folder):
     return all((folder / f"{name}.parquet").is_file() for name in Comparison._fields)
 
+
+def _read_again(out, everyone):
+    "The tables of a comparison that is finished already, with what it warned of."
+    tables = read_comparison(out)
+    if everyone.rank == 0:
+        _warn(tables)
+    return tables
+
 # %% ../nbs/04_angles.ipynb #48cd21b0
 def compare_all(
     checkpoints,  # folders, names, models in memory or `Checkpoint`s: see `as_checkpoint`
@@ -736,12 +745,14 @@ def compare_all(
     "Compares checkpoints, each matrix of each decomposed once; warns of untrained matrices and unrelated pairs."
     cs, everyone = tell_apart([as_checkpoint(c) for c in checkpoints]), group()
     pairs = [(0, j) for j in range(1, len(cs))] if pairs is None else [tuple(p) for p in pairs]
-    _check_request(cs, pairs, kinds, include, fraction, workers, everyone.ranks > 1, out)
-    matrices, device = cs[pairs[0][0]].matrices(kinds, layers, heads, include), pick_device(device, everyone.rank)
-    asked = dict(fraction=fraction, details=details)
+    cs = [c.named_as(cs[pairs[0][0]]) for c in cs] if pairs else cs
+    _check_request(cs, pairs, kinds, layers, include, fraction, workers, everyone.ranks > 1, out)
+    used = [cs[i] for i in sorted({i for p in pairs for i in p})]
+    matrices = cs[pairs[0][0]].shared_matrices(used, kinds, layers, heads, include)
+    asked, device = dict(fraction=fraction, details=details), pick_device(device, everyone.rank)
     job, made = _begin(cs, pairs, matrices, asked, device, out, everyone)
     if job and _is_finished(job.folder):
-        return read_comparison(out)
+        return _read_again(out, everyone)
     measure = lambda m: _measure(cs, pairs, m, fraction, details, as_cache(cache), device)
     with _gone_if_hopeless(job, made and everyone.ranks == 1):
         results = _run(cs, matrices, measure, everyone, device, job, progress, workers)
@@ -758,12 +769,29 @@ def _warn_untrained(changes):
         stacklevel=5,
     )
 
+# %% ../nbs/04_angles.ipynb #8c43a3ea
+def _weight_cosine(
+    changes,  # the table of a comparison
+) -> pd.Series:
+    "The cosine of each matrix with what it became, from norms alone: 1 + ρ² − w² = 2 ρ cos."
+    one, other = (changes[f"spectral_norm_{c}"] * np.sqrt(changes[f"stable_rank_{c}"]) for c in ("base", "other"))
+    rho = _ratio(other, one)
+    return _ratio(1 + rho**2 - changes.weight_change**2, 2 * rho)
 
+
+def _strangers(tables, alike=0.1):
+    "The part of each pair's head subspaces that are at chance, in matrices that have nothing in common."
+    key = ["base", "other", "matrix"]
+    cosines = tables.changes[key].assign(cosine=_weight_cosine(tables.changes))
+    heads = tables.angles[tables.angles.band == "head"].merge(cosines, on=key, how="left")
+    strange = (heads.verdict == "chance") & (heads.cosine.abs() < alike)
+    return strange.groupby([heads.base, heads.other], sort=False).mean()
+
+# %% ../nbs/04_angles.ipynb #334b127f
 def _warn(tables):
     "Says what makes a comparison worthless."
     _warn_untrained(tables.changes)
-    heads = tables.angles[tables.angles.band == "head"]
-    strangers = heads.groupby(["base", "other"], sort=False).verdict.agg(lambda v: (v == "chance").mean())
+    strangers = _strangers(tables)
     for (base, other), part in strangers[strangers > 0.5].items():
         warnings.warn(
             f"{base} and {other} look unrelated: {part:.0%} of their head subspaces are as far apart as random ones. "
@@ -790,14 +818,23 @@ def _is_rotated(verdicts):
     return verdicts.isin(["rotated", "chance"])
 
 
+def several_stacks(
+    angles,  # the table of a comparison
+) -> bool:
+    "Whether a table is of more than one stack: towers, or an encoder and a decoder."
+    return "stack" in angles and angles["stack"].nunique() > 1
+
+# %% ../nbs/04_angles.ipynb #4a6cc718
 def band_summary(
     angles,  # the table of a comparison
-    by="kind",  # 'kind', 'layer', 'matrix', 'side' or a list of them
+    by="kind",  # 'kind', 'layer', 'matrix', 'side', 'stack' or a list of them; each stack by itself in any case
 ) -> (
     pd.DataFrame
 ):  # base, other, by, band; matrices; angle, floor, isotropic, random (means, degrees); rotated (part of the rows)
     "What bands did, in degrees, with the part of the rows that turned beyond noise."
-    by = ["base", "other", *([by] if isinstance(by, str) else by), "band"]
+    by = [by] if isinstance(by, str) else list(by)
+    apart = several_stacks(angles) and not {"stack", "matrix"} & set(by)
+    by = ["base", "other", *(["stack"] if apart else []), *by, "band"]
     columns = dict(angle="mean", floor="floor", isotropic="isotropic", random="random_mean")
     degrees = {name: np.degrees(angles[column]) for name, column in columns.items()}
     t = angles.assign(
@@ -825,6 +862,7 @@ def angle_profile(
 ) -> pd.DataFrame:  # base, other, matrix, side, rank (1..k), angle, random, forced
     "The sorted principal angles between the leading subspaces of one matrix, with the mean baseline; radians."
     base, other = tell_apart([as_checkpoint(base), as_checkpoint(other)])
+    other = other.named_as(base)
     if base.shape(matrix) != other.shape(matrix):
         raise CheckpointError(f"{matrix}: {base.shape(matrix)} in {base.label}, {other.shape(matrix)} in {other.label}")
     a, b = factors(base, matrix), factors(other, matrix)
@@ -933,10 +971,15 @@ def plot_angles(
     return ax
 
 # %% ../nbs/04_angles.ipynb #6a012ff9
+def _kinds_by_stack(t):
+    "A table whose kinds have their stack in front, where there are several."
+    return t.assign(kind=(t["stack"] + " " + t.kind).str.strip()) if several_stacks(t) else t
+
+
 def _grid(t, column, kinds):
     return t.pivot_table(index="kind", columns="layer", values=column).reindex(kinds)
 
-
+# %% ../nbs/04_angles.ipynb #068869f4
 def plot_map(
     table,  # the table `angles` of a comparison, one pair
     band="head",  # 'head', 'bulk' or 'tail'
@@ -951,6 +994,7 @@ def plot_map(
     degrees, word = value == "degrees", "mean angle (degrees)" if value == "degrees" else "mean angle / floor"
     t = t.assign(shown=np.degrees(t["mean"]) if degrees else t["mean"] / t.floor)
     t = t.assign(quiet=~_is_rotated(t.verdict), layer=t.layer.fillna(-1).astype(int))
+    t = _kinds_by_stack(t)
     kinds = list(dict.fromkeys(t.kind))
     grid = _grid(t, "shown", kinds)
     ax = ax or plt.subplots(figsize=(min(11, 3 + 0.4 * grid.shape[1]), 1 + 0.3 * len(kinds)), layout="constrained")[1]
@@ -965,6 +1009,7 @@ def plot_map(
 # %% ../nbs/04_angles.ipynb #10554e3f
 _WORDS = """words:
   head, bulk, tail  the first ranks of a matrix, those in the middle, the last: --fraction of all each
+  U, V              the two sides of a matrix: U is what it writes (its outputs), V what it reads (its inputs)
   angle             mean principal angle between the two bands, in degrees: 0 is the same subspace
   floor             the angle that rounding to the stored dtype would cause by itself
   isotropic         the angle that Gaussian noise as large as the change would cause: what lies above it has turned
@@ -984,13 +1029,14 @@ _CHECKPOINTS = (
 # %% ../nbs/04_angles.ipynb #f7056705
 def _what_arguments(add):
     "Which matrices, and how much of them."
-    add("--fraction", type=float, default=0.2, help="size of head, bulk and tail, a share of the ranks")
+    add("--fraction", type=number, default=0.2, help="size of head, bulk and tail, a share of the ranks: 0.2 or 20%%")
     add("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
     add("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
     beside = "parts to decompose besides, whatever --kinds and --layers say"
     add("--include", nargs="+", default=[], choices=TABLES, help=beside)
     add("--heads", action="store_true", help="attention head by attention head")
-    add("--all-pairs", action="store_true", help="compare each with each; else the first with each of the others")
+    pairs = "compare each with each; else the first with each of the others, and each with the one before it"
+    add("--all-pairs", action="store_true", help=pairs)
     add(
         "--no-details",
         action="store_true",
@@ -1023,21 +1069,37 @@ def _shortened(notes):
     more = lambda names: f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [f"{names[0]}{more(names)}: {text}" for text, names in said.items()]
 
+# %% ../nbs/04_angles.ipynb #32f5185f
+def _apart(angles):
+    "Yields (end of a picture's name, rows) for each stack of a table."
+    if several_stacks(angles):
+        yield from ((f"-{_stack_word(stack)}", rows) for stack, rows in angles.groupby("stack", sort=False))
+    else:
+        yield "", angles
 
-def _draw(tables, out):
-    "The page of a comparison, and its pictures, beside its tables."
-    write_page(tables, Path(out) / "report.html")
-    for (base, other), t in tables.angles.groupby(["base", "other"], sort=False):
-        figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
-        for band, ax in zip(BANDS, axes):
-            plot_map(t, band, ax=ax)
-        figure.savefig(Path(out) / f"{base}-{other}.png".replace("/", "_"), dpi=130)
-        plt.close(figure)
-    figure = plot_angles(tables.angles).figure
-    figure.savefig(Path(out) / "angles.png", dpi=130, bbox_inches="tight")
+
+def _saved(figure, out, name, **options):
+    figure.savefig(Path(out) / f"{name}.png".replace("/", "_"), dpi=130, **options)
     plt.close(figure)
 
+
+def _draw(tables, out):
+    "The page of a comparison, and its pictures, beside its tables: for each stack by itself."
+    write_page(tables._replace(angles=_kinds_by_stack(tables.angles)), Path(out) / "report.html")
+    for stack, rows in _apart(tables.angles):
+        for (base, other), t in rows.groupby(["base", "other"], sort=False):
+            figure, axes = plt.subplots(1, 3, figsize=(16, 1.6 + 0.25 * t.kind.nunique()), layout="constrained")
+            for band, ax in zip(BANDS, axes):
+                plot_map(t, band, ax=ax)
+            _saved(figure, out, f"{base}-{other}{stack}")
+        _saved(plot_angles(rows).figure, out, f"angles{stack}", bbox_inches="tight")
+
 # %% ../nbs/04_angles.ipynb #99f479a9
+def _pairs_of(n, each_with_each):
+    "(i, j) of what the command compares: the first with all others, and each with the one before it."
+    return [(i, j) for j in range(n) for i in range(j) if each_with_each or i in (0, j - 1)]
+
+
 def run_compare(
     args: argparse.Namespace,  # as parsed with `compare_arguments`
 ):
@@ -1045,9 +1107,10 @@ def run_compare(
     if len(args.checkpoints) < 2:
         raise ValueError("compare needs at least two checkpoints: the base, then the others")
     cs, begun = [with_base(c, args.base) for c in args.checkpoints], time.time()
-    for note in _shortened(note for c in cs[1:] for note in preflight(cs[0], c, args.kinds, args.include)):
+    what = args.kinds, args.include, args.layers
+    for note in _shortened(note for c in cs[1:] for note in preflight(cs[0], c, *what)):
         print(f"note: {note}")
-    pairs = [(i, j) for j in range(len(cs)) for i in range(j)] if args.all_pairs else None
+    pairs = _pairs_of(len(cs), args.all_pairs)
     what = dict(fraction=args.fraction, kinds=args.kinds, layers=args.layers, heads=args.heads, include=args.include)
     how = dict(details=not args.no_details, device=args.device, workers=args.workers)
     cache = dict(auto=True, none=False).get(args.cache, args.cache)
@@ -1062,17 +1125,53 @@ def run_compare(
 # %% ../nbs/04_angles.ipynb #5047502c
 def _said_of_pair(base, other, t, changes):
     "The first sentence about a pair, and what makes its numbers doubtful."
-    turned, middle = t[_is_rotated(t.verdict)].matrix.nunique(), changes.median(numeric_only=True)
+    turned, touched = t[_is_rotated(t.verdict)].matrix.nunique(), changes[changes.unchanged < 1]
+    first = f"\n{base} → {other}: {turned} of {t.matrix.nunique()} matrices turned beyond storage noise in some band; "
+    if touched.empty:
+        yield f"{first}none of them changed, every number is equal"
+        return
+    middle, all_of_them = touched.median(numeric_only=True), len(touched) == len(changes)
+    over = "matrices" if all_of_them else f"the {len(touched)} that changed, the others are equal"
     yield (
-        f"\n{base} → {other}: {turned} of {t.matrix.nunique()} matrices turned beyond storage noise in some band; "
-        f"σ changed by {middle.mean_abs_change:.2%}, the weights by {middle.weight_change:.2%}, "
-        f"{middle.unchanged:.1%} of the numbers are equal (medians over matrices)"
+        f"{first}σ changed by {middle.mean_abs_change:.2%}, the weights by {middle.weight_change:.2%}, "
+        f"{middle.unchanged:.1%} of the numbers are equal (medians over {over})"
     )
-    if middle.unchanged > 0.5 and changes.unchanged.min() < 1:
+    if middle.unchanged > 0.5:
         yield (
             "  most stored numbers are equal: a small angle may be an update that storage has swallowed, "
             "and the floor is too high for it"
         )
+    yield from _said_of_stacks(t)
+    yield from _said_of_maps(t, touched)
+    yield from _said_of_nothing(t)
+
+# %% ../nbs/04_angles.ipynb #97209fe0
+def _stack_word(name):
+    return name or "main"
+
+
+def _said_of_stacks(t):
+    "Of several stacks, which turned."
+    if several_stacks(t):
+        turned, all_of = (x.groupby("stack").matrix.nunique() for x in (t[_is_rotated(t.verdict)], t))
+        each = ", ".join(f"{_stack_word(s)} {turned.get(s, 0)} of {n}" for s, n in all_of.items())
+        yield f"  matrices that turned, stack by stack: {each}"
+
+# %% ../nbs/04_angles.ipynb #4135bea3
+def _said_of_maps(t, touched, least=0.05, beyond=4):
+    "Weights that changed far more than σ did, while no subspace turned."
+    still = touched[~touched.matrix.isin(t[_is_rotated(t.verdict)].matrix)]
+    moved = still[still.weight_change > np.maximum(least, beyond * still.mean_abs_change.fillna(0))]
+    if len(moved):
+        yield (
+            f"  {len(moved)} matrices changed by {moved.weight_change.median():.0%} of their norm (median) though none "
+            "of their bands turned: they are other maps on the same subspaces, directions changed sign or their "
+            f"pairing of U with V (or ranks between the bands turned); first: {moved.matrix.iloc[0]}"
+        )
+
+
+def _said_of_nothing(t):
+    "Rows that say nothing."
     nothing = t[(t.verdict == "undefined") & np.isfinite(t["mean"])]
     if len(nothing):
         where = f"{nothing.matrix.iloc[0]} {nothing.side.iloc[0]} {nothing.band.iloc[0]}"
@@ -1112,10 +1211,12 @@ def _said_of_rows(rows, most=3):
 # %% ../nbs/04_angles.ipynb #187867cc
 def _said_of_layers(t):
     "The mean angle of heads, layer by layer."
-    layers = band_summary(t[t.band == "head"].dropna(subset="layer"), by="layer")
-    if len(layers) > 1:
-        each = ", ".join(f"{int(x.layer)}: {x.angle:.3g}°" for x in layers.itertuples())
-        yield f"  mean head angle, layer by layer: {each}"
+    heads, apart = t[t.band == "head"].dropna(subset="layer"), several_stacks(t)
+    for stack, rows in heads.groupby("stack", sort=False) if apart else [("", heads)]:
+        layers = band_summary(rows, by="layer")
+        each = ", ".join(f"{int(x.layer)}: {x.angle:.3g}° ({x.floor:.2g}°)" for x in layers.itertuples())
+        if len(layers) > 1:
+            yield f"  mean head angle (floor), layer by layer{f' of {_stack_word(stack)}' if apart else ''}: {each}"
     yield (
         "  angle, floor, isotropic, random: mean principal angles in degrees; floor: what storage alone would cause; "
         "isotropic: noise as large as the change; "
@@ -1155,6 +1256,7 @@ def print_comparison(
         print(*_said_of_rows(rows), sep="\n", end="\n" if len(rows) else "")
         if _is_rotated(t.verdict).any():
             kinds = band_summary(t, by="kind").drop(columns=["base", "other"])
+            kinds = kinds.assign(stack=kinds["stack"].map(_stack_word)) if "stack" in kinds else kinds
             print(kinds.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
             print(*_said_of_layers(t), *_said_of_furthest(t, most), *_said_of_intruders(changes), sep="\n")
 

@@ -10,6 +10,7 @@ __all__ = ['COMMANDS', 'Command', 'functions_of', 'Help', 'parser_of', 'main_par
 # %% ../nbs/08_cli.ipynb #4cff5b43
 import argparse
 import os
+import re
 import sys
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -196,12 +197,25 @@ def _leave():
         sys.modules["gp_spectral.models"].end_world()
 
 # %% ../nbs/08_cli.ipynb #d64b1d2e
+def _as_options(text, name):
+    "An error in the words of the command line: --kinds for what Python calls `kinds`."
+    text = re.sub(r", (--\w+) on the command line or \w+\([^)]*\)", r" (\1)", text)
+    for action in parser_of(name)._actions:
+        if action.option_strings:
+            word, flag = re.escape(action.dest), action.option_strings[-1]
+            text = re.sub(rf"`{word}`|\b{word}=(?=[\s,:.)]|$)", flag, text)
+            text = re.sub(rf"(?<![-\w]){word} ?= ?(?=['\"\w\[(-])", f"{flag} ", text)
+            text = re.sub(rf"^{word}(?=: | '| is | belongs | -?\d)", flag, text)
+            text = re.sub(rf"(?<![-\w]){word}\b", flag, text) if "_" in word else text
+    return text
+
+# %% ../nbs/08_cli.ipynb #efd57d07
 def _run(name, words):
     "Runs one command: the number to end with."
     args = parser_of(name).parse_args(words)
     return functions_of(name)[1](args) or 0
 
-
+# %% ../nbs/08_cli.ipynb #0d119247
 def main(
     argv=None,  # words; default: those of the command line
 ) -> int:  # to end with: 0, or what the command says; 2 for bad input, 130 when stopped
@@ -214,7 +228,7 @@ def main(
         try:
             code = _run(name, words)
         except (ValueError, OSError, FloatingPointError) as e:
-            print(f"gp-spectral {name}: {e}", file=sys.stderr)
+            print(f"gp-spectral {name}: {_as_options(str(e), name)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             on = "; the same command goes on from here" if COMMANDS[name].goes_on else ""

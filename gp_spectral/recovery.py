@@ -7,10 +7,10 @@ Docs: https://gp-spectral.github.io/gp_spectral/recovery.html.md"""
 # %% auto #0
 __all__ = ['GIVEN', 'LIKE', 'METHODS', 'WHOSE', 'ANCHORED', 'SYMMETRIC', 'Ranks', 'share_or_ranks', 'chosen_ranks', 'taken_ranks',
            'Edit', 'Option', 'Steps', 'Method', 'method', 'load_methods', 'find_method', 'method_options', 'check_pair',
-           'edit_matrix', 'edit_factors', 'uv_merge', 'symmetric_merge', 'anchored_merge', 'direct_rotation',
-           'sigma_only', 'interpolate', 'interpolate_to_norm', 'random_merge', 'certificate', 'new_folder', 'Repair',
-           'options_for', 'progress_bar', 'prepare', 'recover', 'root_of_squares', 'whole_way', 'write_record',
-           'recovery_record', 'lora_factors', 'plot_recovery']
+           'held_ranks', 'edit_matrix', 'edit_factors', 'uv_merge', 'symmetric_merge', 'anchored_merge',
+           'direct_rotation', 'sigma_only', 'interpolate', 'interpolate_to_norm', 'random_merge', 'certificate',
+           'new_folder', 'Repair', 'options_for', 'progress_bar', 'prepare', 'recover', 'root_of_squares', 'whole_way',
+           'write_record', 'recovery_record', 'lora_factors', 'plot_recovery']
 
 # %% ../nbs/05_recovery.ipynb #a96125da
 import difflib
@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 # %% ../nbs/05_recovery.ipynb #83591508
-from .checkpoint import TABLES, Checkpoint, as_checkpoint, common_weights, describe, layer_range, part_of
-from .checkpoint import preflight
+from .checkpoint import TABLES, Checkpoint, Entry, as_checkpoint, common_weights, describe, is_buffer
+from .checkpoint import layer_range, number, part_of, preflight, same_name
 from .folders import CheckpointError
 from .svd import Factors, factorize, factors as factors_of, one_thread
 from .angles import band_size, null_sigma, principal_angles, rounding_std
@@ -63,11 +63,9 @@ class Ranks(int):
 def _from_text(text):
     "The number that a text holds: '20%' and '0.2' are floats, '20r' is `Ranks`, '20' an int."
     text = text.strip()
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
     if text.endswith("r"):
         return Ranks(text[:-1])
-    return int(text) if text.isdecimal() else float(text)
+    return int(text) if text.isdecimal() else number(text)
 
 
 def share_or_ranks(
@@ -164,7 +162,7 @@ def _cast(kind, value):
         return {"true": True, "false": False}[str(value).lower()]
     if isinstance(value, (bool, np.bool_)) or (kind is str and not isinstance(value, str)):
         raise TypeError
-    found = kind(value)
+    found = number(value) if kind is float and isinstance(value, str) else kind(value)
     if kind is float and not math.isfinite(found) or kind is int and not isinstance(value, str) and found != value:
         raise ValueError
     return found
@@ -403,6 +401,29 @@ def _nothing(target, factors):
     m, n = target.shape
     return Edit(none.reshape(m, 0), none.reshape(0, n), lambda: factors[0] if factors else factorize(target))
 
+# %% ../nbs/05_recovery.ipynb #ca63aaf0
+def held_ranks(
+    s,  # (r,) the donor's singular values, descending
+    shape,  # (m, n)
+    dtype,  # of the matrix as it was read
+    gap=20,  # so many times rounding is the least value above it, where ranks were lost
+) -> int:  # of the leading ranks
+    "How many directions of a donor are its own; the others are arbitrary."
+    if not s[0] > 0:
+        return 0
+    null = lambda d: null_sigma(rounding_std(s, shape, d), shape)
+    least = torch.finfo(torch.float64).eps * max(shape) * float(s[0])
+    above = lambda d: s[s > max(2 * null(d), least)]  # errors that are not independent reach somewhat beyond `null`
+    found, kept = len(above(torch.promote_types(dtype, torch.float32))), above(dtype)
+    lost = 0 < len(kept) < len(s) and kept[-1] > gap * null(dtype)
+    return min(found, len(kept)) if lost else found
+
+
+def _held(bands, s, shape, dtype):
+    "The parts of some bands that a donor has."
+    n = held_ranks(s, shape, dtype)
+    return [slice(b.start, min(b.stop, n)) for b in bands if b.start < n]
+
 # %% ../nbs/05_recovery.ipynb #be527cff
 def _ask(method, target, donor, ranks, own, factors=None, norm=None):
     "What a method makes of a matrix: an `Edit`, or the whole matrix."
@@ -416,6 +437,9 @@ def _ask(method, target, donor, ranks, own, factors=None, norm=None):
         if not bands or torch.equal(target, donor):
             return _nothing(target, factors)
         factors = factors or (factorize(target), factorize(donor))
+        bands = _held(bands, factors[1].s, donor.shape, donor.dtype)
+        if not bands:
+            return _nothing(target, factors)
         taken = _mask(len(factors[0].s), bands)
     if "norm" in method.asks and norm is None:
         norm = _norm_like(own["like"], target, donor, ranks, factors)
@@ -993,12 +1017,12 @@ def _check_certify(certify):
 _UNMEASURED = dict.fromkeys(("sigma_change", "sigma_change_of_norm", "sigma_bound"))
 
 
-def _compared(before, after, donor, b, d, bands):
+def _compared(before, after, donor, b, d, bands, asked):
     "The part of a certificate that needs no decomposition but those of target (b) and donor (d)."
     W, (one, other) = before.double(), (_length(b.s), _length(d.s))
     size, distance = float((after.double() - W).norm()), float((donor.double() - W).norm())
     return dict(
-        null_ranks=_null_ranks(d, bands, donor.shape, donor.dtype),
+        null_ranks=_null_ranks(d, asked, donor.shape, donor.dtype),
         cosine=(one**2 + other**2 - distance**2) / (2 * one * other) if one and other else 0.0,
         **_UNMEASURED,
         head_angle_before=_turn(b, d, bands),
@@ -1032,8 +1056,9 @@ def certificate(
     """
     _check_certify(certify)
     b, d = factors or (factorize(before), factorize(donor))
-    bands = _bands(len(b.s), top, tail, bulk)
-    found = _compared(before, after, donor, b, d, bands)
+    asked = _bands(len(b.s), top, tail, bulk)
+    bands = _held(asked, d.s, donor.shape, donor.dtype)
+    found = _compared(before, after, donor, b, d, bands, asked)
     if edit is not None:
         found |= _intended(edit, before.double(), after.double(), b, found["edit"])
     if certify == "full":
@@ -1051,7 +1076,7 @@ def _sync(path):
 
 def _publish(part, out):
     "Gives a finished hidden folder its name, with everything on disk."
-    for f in part.iterdir():
+    for f in part.rglob("*"):
         _sync(f)
     umask = os.umask(0)
     os.umask(umask)
@@ -1107,18 +1132,21 @@ class Repair(NamedTuple):
 
     def pair(self, m):
         "(target's, donor's) matrix."
-        return self.target.matrix(m), self.donor.matrix(self.donor.find(m.name))
+        return self.target.matrix(m), self.donor.matrix(m)
 
     def factors(self, m):
         "(target's, donor's) `Factors`."
-        other = self.donor.find(m.name)
-        return factors_of(self.target, m, cache=self.cache), factors_of(self.donor, other, cache=self.cache)
+        return factors_of(self.target, m, cache=self.cache), factors_of(self.donor, m, cache=self.cache)
 
 # %% ../nbs/05_recovery.ipynb #d05e21cb
-def _restored(job, m):
-    "How many directions of a matrix the donor gives."
-    sized = job.method.sized and job.options.get("like") != "donor"
-    return sum(chosen_ranks(min(m.shape), **job.ranks)) if sized else 0
+def _restored(job, m, e):
+    "How many directions of a matrix the donor gives, and how many it lacks."
+    if not job.method.sized or job.options.get("like") == "donor":
+        return dict(restored=0, lacking=0)
+    count = lambda bands: sum(b.stop - b.start for b in bands)
+    asked = _bands(min(m.shape), **job.ranks)
+    given = count(_held(asked, e.factors[1].s, e.donor.shape, e.donor.dtype))
+    return dict(restored=given, lacking=count(asked) - given)
 
 
 def options_for(
@@ -1170,7 +1198,7 @@ def _certified(job, m, e):
     before, after = (job.target.as_stored(m, x) for x in (e.before, e.after))
     found = certificate(before, after, e.donor, factors=e.factors, edit=e.edit, certify=job.certify, **job.ranks)
     asked = {} if e.norm is None else dict(asked=e.norm, norm_ratio=found["edit"] / e.norm if e.norm else 1.0)
-    return after, dict(matrix=m.name, layer=m.layer, kind=m.kind, restored=_restored(job, m), **found, **asked)
+    return after, dict(matrix=m.name, layer=m.layer, kind=m.kind, **_restored(job, m, e), **found, **asked)
 
 # %% ../nbs/05_recovery.ipynb #9ceb75fa
 def _bytes(t):
@@ -1180,7 +1208,7 @@ def _bytes(t):
 def _bytes_of_donor(target, donor, name, entry):
     "A tensor of the donor as the bytes that the target's `entry` holds."
     source = donor.entry(name)
-    if source.dtype == entry.dtype and name not in donor.overlay:
+    if source.dtype == entry.dtype and name not in donor.overlay and isinstance(source, Entry):
         with open(source.file, "rb") as f:
             f.seek(source.start)
             return f.read(source.end - source.start)
@@ -1240,12 +1268,25 @@ def _copy_tables(job, part):
         yield _copied(job.target, job.donor, m, job.target.dtype(m.tensor))
 
 # %% ../nbs/05_recovery.ipynb #9e05cfff
+def _to_copy(job, name):
+    "Whether the donor has a tensor of a layer; buffers it need not have, and without another a layer is not whole."
+    target, donor = job.target, job.donor
+    if name in donor.names and donor.shape(name) == target.shape(name):
+        return True
+    if is_buffer(name, target.shape(name)) or name in target.scales.values():
+        return False
+    raise CheckpointError(
+        f"{name} is not in {donor.where}, or has another shape there, and {job.method.name} copies whole layers: "
+        "leave this layer out (`layers`)"
+    )
+
+
 def _copy_layers(job, part):
     "Copies what is asked for into the new folder; a row for each tensor."
     target, goal, kinds = job.target, Checkpoint(part), [job.kinds] if isinstance(job.kinds, str) else job.kinds
     chosen, beside = set(layer_range(job.layers, target.n_layers)), set(job.copied)
     in_layers = lambda m: m.layer in chosen and (not kinds or m.kind in kinds)
-    tensors = [m for m in map(describe, goal.names) if in_layers(m) or m.name in beside]
+    tensors = [m for m in map(describe, goal.names) if in_layers(m) and _to_copy(job, m.name) or m.name in beside]
     if not tensors:
         raise CheckpointError(f"{target.path} has no tensor of the kinds {kinds} in layers {sorted(chosen)}")
     shown = tqdm(tensors, **progress_bar(job, "tensor"))
@@ -1284,19 +1325,21 @@ def _check_matrices(job):
 
 
 def _code_note(target):
-    if not target.config.get("auto_map"):
-        return []
-    return [
-        f"config.json of {target.label} names code of its own (auto_map), and code is not copied: "
-        "copy its .py files by hand"
-    ]
+    code = target.code_beside()
+    names = f" ({', '.join(code[:5])}{', ...' if len(code) > 5 else ''})" if code else ""
+    if target.config.get("auto_map"):
+        return [
+            f"config.json of {target.label} names code of its own (auto_map), and code is not copied: "
+            f"copy its .py files by hand{names}"
+        ]
+    return [f"{target.label} holds code, which is not copied{names}"] if code else []
 
 # %% ../nbs/05_recovery.ipynb #7e49203f
-def _matrices(target, known, kinds, layers, include):
+def _matrices(target, donor, known, kinds, layers, include):
     "The matrices that a method edits; of one that copies whole layers, the tables."
     if not known.whole_layers:
-        return target.matrices(kinds, layers, include=include)
-    return [m for m in target.matrices(include=include) if m.layer is None] if include else []
+        return target.shared_matrices([donor], kinds, layers, include=include)
+    return [m for m in target.shared_matrices([donor], include=include) if m.layer is None] if include else []
 
 # %% ../nbs/05_recovery.ipynb #d87701b8
 def prepare(
@@ -1315,16 +1358,17 @@ def prepare(
     **told,  # options, sigma, alpha, like, seed: see `method_options`
 ) -> Repair:
     "A request, checked before anything is read or written."
-    target, donor, known = as_checkpoint(target, on_disk=True), as_checkpoint(donor, on_disk=True), find_method(method)
+    target, known = as_checkpoint(target, on_disk=True), find_method(method)
+    donor = as_checkpoint(donor, on_disk=True).named_as(target)
     options = method_options(method, **told)
     ranks = {k: share_or_ranks(x, k) for k, x in _ranks(method, top, tail, bulk).items()}
     _check_certify(certify)
-    notes, include = preflight(target, donor, kinds, include), [c.has_parts(include) for c in (target, donor)][0]
+    notes = preflight(target, donor, kinds, include, layers)
+    include = [c.has_parts(include) for c in (target, donor)][0]
     chosen = None if layers is None else layer_range(layers, target.n_layers)
-    matrices, copied = _matrices(target, known, kinds, layers, include), _included(target, include, chosen)
+    matrices, copied = _matrices(target, donor, known, kinds, layers, include), _included(target, include, chosen)
     what = dict(matrices=matrices, copied=copied, layers=chosen, kinds=kinds, include=include)
-    notes = notes if known.whole_layers else [*notes, *_code_note(target)]
-    how = dict(cache=cache, certify=certify, progress=progress, notes=notes)
+    how = dict(cache=cache, certify=certify, progress=progress, notes=[*notes, *_code_note(target)])
     job = Repair(target, donor, known, ranks, options, **what, **how)
     _check_matrices(job)
     return job
@@ -1408,15 +1452,18 @@ def whole_way(
 # %% ../nbs/05_recovery.ipynb #d405e8ad
 def _doubts(job, rows):
     "Warns of a donor that cannot be meant."
-    null = {r["matrix"]: r["null_ranks"] for r in rows if r.get("null_ranks") and r["restored"]}
-    if null:
-        name, n = next(iter(null.items()))
-        warnings.warn(
-            f"{job.donor.label} has directions that are no more than rounding among those that were restored "
-            f"({n} in {name}, {len(null)} matrices in all): they are arbitrary",
-            stacklevel=4,
-        )
-    cosines = [r["cosine"] for r in rows if "cosine" in r]
+    none = {r["matrix"]: r["lacking"] for r in rows if r.get("lacking")}
+    null = {r["matrix"]: r["null_ranks"] - r["lacking"] for r in rows if r.get("null_ranks") and r.get("restored")}
+    null = {name: n for name, n in null.items() if n > 0}
+    for some, which, then in ((none, "asked for", "the target's were kept"), (null, "restored", "they are arbitrary")):
+        if some:
+            name, n = next(iter(some.items()))
+            warnings.warn(
+                f"{job.donor.label} has directions that are no more than rounding among those that were {which} "
+                f"({n} in {name}, {len(some)} matrices in all): {then}",
+                stacklevel=4,
+            )
+    cosines = [r["cosine"] for r in rows if r.get("cosine")]
     if cosines and np.median(cosines) < 0.1:
         warnings.warn(
             f"{job.target.label} and {job.donor.label} look unrelated (median cosine of their matrices "
@@ -1534,6 +1581,7 @@ def _module_of(tensor, modules, prefix):
     "The linear layer that a stored tensor belongs to; a `CheckpointError` when peft has no LoRA for it."
     plain = tensor.removesuffix(".weight")
     found = next((n for n in (plain, f"{prefix}.{plain}", plain.removeprefix(f"{prefix}.")) if n in modules), None)
+    found = found or same_name(plain, modules)
     if found is None or not tensor.endswith(".weight"):
         raise CheckpointError(
             f"{tensor} is not a module of its own in the loaded model (stacked experts, or renamed): "
@@ -1603,14 +1651,22 @@ def _name_for_peft(path):
     name = path.parents[1].name.removeprefix("models--").replace("--", "/")
     return dict(base_model_name_or_path=name, revision=path.name)
 
+# %% ../nbs/05_recovery.ipynb #f88ea31c
+def _task_type(config):
+    "peft's word for what a class is for; None for classes that its own for language models do not fit."
+    arch = config["architectures"][0]
+    if arch.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    reads_words = config.get("is_encoder_decoder") and "vocab_size" in config and config.get("model_type") != "whisper"
+    return "SEQ_2_SEQ_LM" if reads_words and arch.endswith("ForConditionalGeneration") else None
 
+# %% ../nbs/05_recovery.ipynb #fdc0d627
 def _adapter_config(target, ranks, conv):
     "adapter_config.json for modules of these ranks; `conv`: some are GPT-2's Conv1D."
-    arch, default = target.config["architectures"][0], max(ranks.values())
-    task = "SEQ_2_SEQ_LM" if target.config.get("is_encoder_decoder") else "CAUSAL_LM" if "LM" in arch else None
+    default = max(ranks.values())
     return dict(
         peft_type="LORA",
-        task_type=task,
+        task_type=_task_type(target.config),
         **_name_for_peft(target.path),
         inference_mode=True,
         r=default,

@@ -531,9 +531,10 @@ def sigma_change(
 ) -> pd.DataFrame:  # base, other, matrix, layer, kind, and the columns of `change_row`
     "How much singular values and weights changed from `base` to `other`, matrix by matrix."
     base, other = tell_apart([as_checkpoint(base), as_checkpoint(other)])
-    preflight(base, other, kinds)
-    rows = []
-    for m in _over(base, kinds, layers, progress, f"σ of {base.label} and {other.label}"):
+    preflight(base, other, kinds, layers=layers)
+    other, rows = other.named_as(base), []
+    matrices = base.shared_matrices([other], kinds, layers)
+    for m in tqdm(matrices, desc=f"σ of {base.label} and {other.label}", disable=not progress, leave=False):
         W, X = base.matrix(m), other.matrix(m)
         s, t = (short_factors(c, m, cache, W=x)[1] for c, x in ((base, W), (other, X)))
         with one_thread():
@@ -680,11 +681,17 @@ def plot_sigma_change(
     return ax
 
 # %% ../nbs/03_svd.ipynb #4b0ef6df
+_SPECTRUM_WORDS = """words:
+  σ     a singular value: how much a matrix lengthens one of its directions
+  rank  the number of a singular value, from the largest; ranks: how many a matrix has
+"""
+
+
 def spectrum_arguments(
     parser: argparse.ArgumentParser,  # of the command
 ):
     "What `gp-spectral spectrum` can be told."
-    add = parser.add_argument
+    parser.epilog, add = _SPECTRUM_WORDS, parser.add_argument
     names = "folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"
     add("checkpoints", nargs="+", help=f"checkpoints: {names}")
     add("--table", help="also write the rows to this .csv or .parquet file")

@@ -11,9 +11,9 @@ __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'Searc
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .angles import frobenius_norm
 from .folders import CheckpointError, print_table
-from .checkpoint import TABLES, Checkpoint, with_base
+from .checkpoint import TABLES, Checkpoint, number, with_base
 from .svd import factorize, singular_values
-from .recovery import ANCHORED, METHODS, Ranks, check_pair, chosen_ranks, edit_matrix, find_method
+from .recovery import ANCHORED, METHODS, Ranks, check_pair, edit_matrix, find_method, held_ranks
 from .recovery import load_methods, method_options, new_folder, options_for, prepare, progress_bar, recover
 from .recovery import recovery_record, root_of_squares, share_or_ranks, taken_ranks, whole_way, write_record
 
@@ -51,6 +51,11 @@ class _Step(NamedTuple):
     k: float  # a share of the ranks in the band, or `Ranks`
     ranks: dict  # top, tail, bulk
     taken: Tensor  # (r,) mask
+
+
+def _held_only(steps, n):
+    "Steps without the ranks that the donor has not, all from the `n`th."
+    return [step._replace(taken=step.taken & (torch.arange(len(step.taken)) < n)) for step in steps]
 
 
 def _steps(r, ks, band):
@@ -192,6 +197,7 @@ def sweep_matrix(
     steps = _steps(min(target.shape), ks, band)
     if not torch.equal(target, donor) and steps[-1].taken.any():
         factors = factors or (factorize(target), factorize(donor))
+        steps = _held_only(steps, held_ranks(factors[1].s, donor.shape, donor.dtype))
     anew = lambda step: edit_matrix(method, target, donor, **step.ranks, factors=factors, options=own)
     whose = own.get("sigma", "target")
     grows = known.steps and set(own) <= {"sigma"} and steps[-1].taken.any()
@@ -214,7 +220,7 @@ def _row(job, m, step, W, after, distance, energy):
         matrix=m.name,
         layer=m.layer,
         kind=m.kind,
-        restored=sum(chosen_ranks(min(m.shape), **step.ranks)),
+        restored=int(step.taken.sum()),
         edit_norm=edit / distance if distance else 0.0,
         edit=edit,
         distance=distance,
@@ -236,7 +242,8 @@ def _sweep_rows(job, m, ks, band):
     distance, energy = frobenius_norm(donor.to(work) - W.to(work)), frobenius_norm(W.to(work)) ** 2
     told = dict(factors=factors, band=band, options=options_for(job, m))
     found = sweep_matrix(before, donor, ks, job.method.name, **told)
-    for step, (k, after) in zip(_steps(min(m.shape), ks, band), found):
+    steps = _held_only(_steps(min(m.shape), ks, band), held_ranks(factors[1].s, donor.shape, donor.dtype))
+    for step, (k, after) in zip(steps, found):
         after = job.target.as_stored(m, after)
         row = _row(job, m, step, W, after, distance, energy)
         if job.certify == "full":
@@ -715,10 +722,19 @@ def _option(text):
     return name, value
 
 # %% ../nbs/05a_sweep.ipynb #e5b4f331
+_WORDS = """words:
+  direction         a singular vector of a matrix on either side: U, what it writes, and V, what it reads
+  head, bulk, tail  the first directions of a matrix by singular value σ, those in the middle, the last
+  top               how much of the head comes from the donor; --tail and --bulk likewise
+  target, donor     what is repaired, and the earlier checkpoint that gives directions
+  size of the edit  ‖repaired − target‖ / ‖donor − target‖: 1 is the whole way
+"""
+
+# %% ../nbs/05a_sweep.ipynb #dc77515a
 def _common(parser, out, required=True, method="anchored", sized=False):
     "The arguments that all three commands have."
     a = parser.add_argument
-    parser.epilog = methods_text(sized)
+    parser.epilog = f"{_WORDS}\n{methods_text(sized)}"
     a("target", help="the checkpoint to repair, a folder, a hub name or 'tiny'; it is only read")
     a("--donor", required=True, help="the checkpoint that directions come from")
     a("--base", help="what an adapter is laid over, where it is not to be found under the name in adapter_config.json")
@@ -730,7 +746,7 @@ def _common(parser, out, required=True, method="anchored", sized=False):
     a("--sigma", choices=["target", "donor"], help="whose singular values the restored directions carry")
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
 
-
+# %% ../nbs/05a_sweep.ipynb #4a6cc4eb
 def _told(args):
     "What the arguments say in common, as keyword arguments."
     cache = {"none": None, "auto": True}.get(args.cache, args.cache)
@@ -772,6 +788,19 @@ def recover_arguments(
     a("--rank", type=int, help="largest rank of the adapter; default: the edit's own")
 
 # %% ../nbs/05a_sweep.ipynb #a35075cc
+def _said_of_directions(record, rows):
+    "How many directions were restored, and how far from the donor's they were and are."
+    if not record["restored"] or "head_angle_before" not in rows:
+        return ""
+    given = rows[rows.restored > 0]
+    before, after = (np.degrees(given[c].median()) for c in ("head_angle_before", "head_angle"))
+    now = f"{after:.3g}° after" if np.isfinite(after) else "not measured after (--certify full does)"
+    return (
+        f"\n{record['restored']:,} directions restored in {len(given)} matrices; largest angle to the donor's, median "
+        f"over matrices: {before:.3g}° before, {now}"
+    )
+
+
 def _written(folder):
     "What `recover` wrote, in words."
     record, rows = recovery_record(folder)
@@ -787,7 +816,7 @@ def _written(folder):
             f", as a LoRA adapter of rank {rows.lora_rank.min()} to {rows.lora_rank.max()} with a relative error of "
             f"{record['lora_error']:.1e} (worst matrix {record['lora_error_max']:.1e})"
         )
-    return text
+    return text + _said_of_directions(record, rows)
 
 # %% ../nbs/05a_sweep.ipynb #ea7bbb66
 def _check_unused(args):
@@ -851,11 +880,11 @@ def search_arguments(
     a = parser.add_argument
     _common(parser, "folder for the result and the record; a search that was stopped goes on there", sized=True)
     a("--score", required=True, help=_SCORE)
-    a("--goal", type=float, required=True, help="the score to reach")
+    a("--goal", type=number, required=True, help="the score to reach; 50%% is 0.5")
     a("--budget", type=int, default=40, help="largest number of scores")
     a("--bands", nargs="+", default=["head", "tail"], choices=list(_BANDS), help="parts of the spectrum to choose from")
     text = "multiples of the smallest number of parts at which layers and kinds are reduced"
-    a("--slack", type=float, nargs="+", default=[1, 2], help=text)
+    a("--slack", type=number, nargs="+", default=[1, 2], help=text)
     a("--steps", type=int, default=64, help="ranks are restored in parts of 1/steps, which the bands share evenly")
     a("--seed", help="for a method with noise")
 

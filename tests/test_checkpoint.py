@@ -610,8 +610,10 @@ def test_tied_embeddings_once(tmp_path, families):
     assert len(make("moved", True, **{"lm_head.weight": w["lm_head.weight"] + 1}).matrices(kinds)) == 2
     for a, b in ((both, one), (one, both)):
         assert preflight(a, b) == ["lm_head.weight: tied to the embeddings in one, stored in both"]
+    untied = Checkpoint(tmp_path / "untied")
+    assert "only in untied, and left out: 1 head (lm_head.weight)" in preflight(untied, one)
     with pytest.raises(CheckpointError, match="1 mismatches"):
-        preflight(Checkpoint(tmp_path / "untied"), one)
+        preflight(untied, one, kinds=["q_proj", "lm_head"])
 
 
 # --- parts

@@ -333,7 +333,9 @@ def test_unchanged_elements_are_counted_and_told(tmp_path, capsys):
         and (row.drop(NAME) == 1).all()
     )
     module.print_comparison(found)
-    assert f"{row.median():.1%} of the numbers are equal" in (text := capsys.readouterr().out) and "swallowed" in text
+    text = capsys.readouterr().out
+    assert f"{row[NAME]:.1%} of the numbers are equal (medians over the 1 that changed" in text
+    assert ("swallowed" in text) == (row[NAME] > 0.5)
 
 
 # --- what lies outside the matrices
@@ -587,7 +589,7 @@ def test_several_processes_give_the_same_bits(trio, tmp_path, processes, late):
     )
     assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "elastic" not in l)[:3000]
     assert done.stdout.count("base → sft") == 1  # one process speaks
-    same(read_comparison(tmp_path / "out"), compare_all(trio, progress=False, cache=False))
+    same(read_comparison(tmp_path / "out"), compare_all(trio, [(0, 1), (0, 2), (1, 2)], progress=False, cache=False))
 
 
 def adapter(folder, base, seed, alpha=2):

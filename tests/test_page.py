@@ -23,7 +23,8 @@ def compared(tmp_path_factory):
 def test_sentences_are_those_of_the_tables(compared):
     tables = read_comparison(compared)
     found, rows = what_turned(tables), map_rows(tables.angles)
-    assert list(found) == ["base → sft", "base → rl"] and all(len(told) == 5 for told in found.values())
+    assert list(found) == ["base → sft", "base → rl", "sft → rl"]
+    assert all(len(told) == 5 for told in found.values())
     of = rows[rows.pair == "base → sft"]
     most = of.loc[of.ratio.idxmax()]
     assert any(most.matrix in told and f"{most.ratio:.1f} times" in told for told in found["base → sft"])
