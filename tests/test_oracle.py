@@ -1,6 +1,6 @@
 """PPO end to end against a reference that is written out: plain loops over episodes, turns and tokens, plain passes of
-`transformers` without padding, Adam by hand. It shares no code with the package. What a round is given (prompts, answers,
-verdicts) is made up here, so that the reference knows it without asking the package, and what comes out of
+`transformers` without padding, Adam by hand. It shares no code with the package. What a round is given (prompts,
+answers, verdicts) is made up here, so that the reference knows it without asking the package, and what comes out of
 `Learner.roll_out`, `experience` and `update` is compared number by number, down to the weights."""
 
 import copy
@@ -186,9 +186,9 @@ def reference_loss(net, talks, found, rows, config):
             if config.value_clip:
                 moved = before + max(-config.value_clip, min(config.value_clip, (value - before).item()))
                 near = value if abs(value - before) < config.value_clip else torch.tensor(moved)
-                error = max(error, (near - target) ** 2, key=float)
+                error = max(error, (near - target) ** 2, key=lambda x: x.item())
             sums["value_loss"] += 0.5 * error
-            sums["approx_kl"] += float(ratio - 1 - change)
+            sums["approx_kl"] += (ratio - 1 - change).item()
             sums["clip_fraction"] += float(abs(ratio.item() - 1) > config.clip)
         for first, end, *_ in turns:
             for t in range(first, end):
@@ -200,7 +200,7 @@ def reference_loss(net, talks, found, rows, config):
     loss = (sums["policy_loss"] + config.value_coef * sums["value_loss"]) / n
     loss = loss - config.entropy_coef * sums["entropy"] / n_tokens
     loss = loss + (config.kl_coef * sums["kl_ref"] / n_tokens if config.kl == "loss" else 0.0)
-    return loss, {k: float(v) for k, v in sums.items()}, n, n_tokens
+    return loss, {k: torch.as_tensor(v).item() for k, v in sums.items()}, n, n_tokens
 
 
 def reference_update(net, talks, found, config):
@@ -214,11 +214,10 @@ def reference_update(net, talks, found, config):
             loss, sums, n, n_tokens = reference_loss(net, talks, found, order[k : k + config.minibatch], config)
             named = [p for p in net.parameters()]
             grads = torch.autograd.grad(loss, named, allow_unused=True)
-            norms.append(math.sqrt(sum((g**2).sum().item() for g in grads if g is not None)))
+            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(named, grads)]
+            norms.append(math.sqrt(sum((g**2).sum().item() for g in grads)))
             shrink, step = min(1.0, config.max_grad_norm / (norms[-1] + 1e-6)), step + 1
             for p, g in zip(named, grads):
-                if g is None:
-                    continue
                 rate = config.lr if id(p) in policy else config.value_lr
                 if config.lr_end >= 0:
                     turned = math.cos(math.pi * (BEFORE + step - 1) / whole)
@@ -336,11 +335,35 @@ def test_what_the_cases_reach():
 BUGS = {
     "rewards on the first token of an attempt": (ppo, "collate", "[i, t.end - 1] =", "[i, t.start] =", "tokens"),
     "rewards on the last token but one": (ppo, "collate", "t.end - 1", "max(t.start, t.end - 2)", "tokens"),
-    "all rewards on the last token": (ppo, "collate", "rewards[i, t.end - 1] =", "rewards[i, len(e.ids) - 1] =", "tokens"),
+    "all rewards on the last token": (
+        ppo,
+        "collate",
+        "rewards[i, t.end - 1] =",
+        "rewards[i, len(e.ids) - 1] =",
+        "tokens",
+    ),
     "rewards are not scaled": (ppo, "rollout", "config.reward_scale", "1.0", "tokens"),
-    "only the last attempt is rewarded": (ppo, "collate", "t.feedback.reward", "(t is e.turns[-1]) * t.feedback.reward", "tokens"),
-    "feedback belongs to the attempt before": (ppo, "collate", "turns[i, t.start:t.end]", "turns[i, t.start:t.end + 1]", "tokens"),
-    "the mask begins a token late": (ppo, "collate", "turns[i, t.start:t.end]", "turns[i, t.start + 1:t.end]", "tokens"),
+    "only the last attempt is rewarded": (
+        ppo,
+        "collate",
+        "t.feedback.reward",
+        "(t is e.turns[-1]) * t.feedback.reward",
+        "tokens",
+    ),
+    "feedback belongs to the attempt before": (
+        ppo,
+        "collate",
+        "turns[i, t.start:t.end]",
+        "turns[i, t.start:t.end + 1]",
+        "tokens",
+    ),
+    "the mask begins a token late": (
+        ppo,
+        "collate",
+        "turns[i, t.start:t.end]",
+        "turns[i, t.start + 1:t.end]",
+        "tokens",
+    ),
     "sampled at another temperature": (ppo, "rollout", "config.temperature", "1.0", "tokens"),
     "an attempt too few": (ppo, "rollout", "config.attempts + config.published", "config.attempts", "as published"),
     "the limit is forgotten": (ppo, "rollout", "config.max_new_tokens or None", "None", "tokens"),
@@ -349,50 +372,212 @@ BUGS = {
     "RL plays what is for validation": (ppo, "round_problems", "'train'", "'validation'", "tokens"),
     "the scores of rows change places": (ppo, "_score_together", "x[order] = y", "x[:] = y", "tokens"),
     "scored at another temperature": (ppo, "_score_together", "config.temperature", "1.0", "tokens"),
-    "the reference is the policy": (ppo.Learner, "_reference_logp", "self.reference, batch", "self.net, batch", "tokens, kl in the loss"),
+    "the reference is the policy": (
+        ppo.Learner,
+        "_reference_logp",
+        "self.reference, batch",
+        "self.net, batch",
+        "tokens, kl in the loss",
+    ),
     "values for log-probabilities": (ppo.Learner, "score", "logp, values = _score", "values, logp = _score", "tokens"),
-    "gamma and lambda change places": (ppo.Learner, "advantages", "config.gamma, config.lam", "config.lam, config.gamma", "tokens, kl in the loss"),
-    "whitened over padding": (ppo.Learner, "advantages", "batch.mask, acts)", "batch.attention >= 0, batch.attention >= 0)", "tokens"),
-    "whitened over prompts too": (ppo.Learner, "advantages", "whiten(found, batch.mask, acts)", "whiten(found, batch.mask, batch.attention > 0)", "tokens"),
+    "gamma and lambda change places": (
+        ppo.Learner,
+        "advantages",
+        "config.gamma, config.lam",
+        "config.lam, config.gamma",
+        "tokens, kl in the loss",
+    ),
+    "whitened over padding": (
+        ppo.Learner,
+        "advantages",
+        "batch.mask, acts)",
+        "batch.attention >= 0, batch.attention >= 0)",
+        "tokens",
+    ),
+    "whitened over prompts too": (
+        ppo.Learner,
+        "advantages",
+        "whiten(found, batch.mask, acts)",
+        "whiten(found, batch.mask, batch.attention > 0)",
+        "tokens",
+    ),
     "whitened over tokens where turns act": (ppo.Learner, "advantages", "batch.mask, acts)", "batch.mask)", "turns"),
     "not whitened": (ppo.Learner, "advantages", "if config.whiten", "if False", "tokens"),
     "always whitened": (ppo.Learner, "advantages", "if config.whiten", "if True", "tokens, kl in the loss"),
-    "the KL is not in the reward": (ppo.Learner, "advantages", "config.kl == 'reward'", "False", "tokens, kl in the reward"),
-    "policy and reference change places in the reward": (ppo.Learner, "advantages", "rewards, logp, ref_logp", "rewards, ref_logp, logp", "tokens, kl in the reward"),
-    "the importance is upside down": (ppo.Learner, "advantages", "logp - batch.sampled", "batch.sampled - logp", "tokens of another engine"),
-    "the importance has no cap": (ppo.Learner, "advantages", ".clamp(max=config.importance_cap)", "", "tokens of another engine"),
-    "untold tokens weigh nothing": (ppo.Learner, "advantages", "nan_to_num(1.0)", "nan_to_num(0.0)", "tokens of another engine"),
+    "the KL is not in the reward": (
+        ppo.Learner,
+        "advantages",
+        "config.kl == 'reward'",
+        "False",
+        "tokens, kl in the reward",
+    ),
+    "policy and reference change places in the reward": (
+        ppo.Learner,
+        "advantages",
+        "rewards, logp, ref_logp",
+        "rewards, ref_logp, logp",
+        "tokens, kl in the reward",
+    ),
+    "the importance is upside down": (
+        ppo.Learner,
+        "advantages",
+        "logp - batch.sampled",
+        "batch.sampled - logp",
+        "tokens of another engine",
+    ),
+    "the importance has no cap": (
+        ppo.Learner,
+        "advantages",
+        ".clamp(max=config.importance_cap)",
+        "",
+        "tokens of another engine",
+    ),
+    "untold tokens weigh nothing": (
+        ppo.Learner,
+        "advantages",
+        "nan_to_num(1.0)",
+        "nan_to_num(0.0)",
+        "tokens of another engine",
+    ),
     "tokens act where turns should": (ppo.Learner, "advantages", "config.level == 'turn'", "False", "turns"),
-    "an episode that failed ends as a solved one": (ppo.Learner, "advantages", "e.solved for", "True for", "as published"),
-    "the rewards of a turn without its KL": (ppo, "compute_gae", "_turn_sum(rewards, turns) * starts", "_turn_sum(rewards * (rewards.abs() > 0.3), turns) * starts", "turns, kl in the reward"),
-    "present values for old ones": (ppo.Learner, "piece_loss", "e.values, e.weights", "values, e.weights", "tokens, kl in the loss"),
-    "present log-probabilities for old ones": (ppo.Learner, "piece_loss", "logp, e.logp", "logp, logp.detach()", "tokens"),
+    "an episode that failed ends as a solved one": (
+        ppo.Learner,
+        "advantages",
+        "e.solved for",
+        "True for",
+        "as published",
+    ),
+    "the rewards of a turn without its KL": (
+        ppo,
+        "compute_gae",
+        "_turn_sum(rewards, turns) * starts",
+        "_turn_sum(rewards * (rewards.abs() > 0.3), turns) * starts",
+        "turns, kl in the reward",
+    ),
+    "present values for old ones": (
+        ppo.Learner,
+        "piece_loss",
+        "e.values, e.weights",
+        "values, e.weights",
+        "tokens, kl in the loss",
+    ),
+    "present log-probabilities for old ones": (
+        ppo.Learner,
+        "piece_loss",
+        "logp, e.logp",
+        "logp, logp.detach()",
+        "tokens",
+    ),
     "old and new change places": (ppo.Learner, "piece_loss", "logp, e.logp", "e.logp, logp", "tokens"),
-    "returns for advantages": (ppo.Learner, "piece_loss", "e.advantages, values, e.returns", "e.returns, values, e.advantages", "tokens"),
+    "returns for advantages": (
+        ppo.Learner,
+        "piece_loss",
+        "e.advantages, values, e.returns",
+        "e.returns, values, e.advantages",
+        "tokens",
+    ),
     "the loss at another temperature": (ppo.Learner, "piece_loss", "config.temperature", "1.0", "tokens"),
-    "no importance in the loss": (ppo.Learner, "piece_loss", "e.weights, n_tokens", "None, n_tokens", "tokens of another engine"),
+    "no importance in the loss": (
+        ppo.Learner,
+        "piece_loss",
+        "e.weights, n_tokens",
+        "None, n_tokens",
+        "tokens of another engine",
+    ),
     "no reference in the loss": (ppo.Learner, "piece_loss", "e.ref_logp, n,", "e.logp, n,", "tokens, kl in the loss"),
-    "entropy over the tokens of a piece": (ppo.Learner, "piece_loss", "e.weights, n_tokens", "e.weights, None", "tokens, kl in the loss"),
+    "entropy over the tokens of a piece": (
+        ppo.Learner,
+        "piece_loss",
+        "e.weights, n_tokens",
+        "e.weights, None",
+        "tokens, kl in the loss",
+    ),
     "a mean over the piece": (ppo.Learner, "piece_loss", "e.ref_logp, n,", "e.ref_logp, None,", "tokens"),
-    "the entropy has no gradient": (ppo.Learner, "piece_loss", "config.entropy_coef != 0", "False", "tokens, kl in the loss"),
-    "a clip on one side only": (ppo, "_surrogate", "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(max=1 + clip)", "tokens"),
-    "a clip on the other side only": (ppo, "_surrogate", "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(min=1 - clip)", "tokens"),
+    "the entropy has no gradient": (
+        ppo.Learner,
+        "piece_loss",
+        "config.entropy_coef != 0",
+        "False",
+        "tokens, kl in the loss",
+    ),
+    "a clip on one side only": (
+        ppo,
+        "_surrogate",
+        "ratio.clamp(1 - clip, 1 + clip)",
+        "ratio.clamp(max=1 + clip)",
+        "tokens",
+    ),
+    "a clip on the other side only": (
+        ppo,
+        "_surrogate",
+        "ratio.clamp(1 - clip, 1 + clip)",
+        "ratio.clamp(min=1 - clip)",
+        "tokens",
+    ),
     "actions of the whole round": (ppo.Learner, "step", "e.acts[rows].sum()", "e.acts.sum()", "tokens"),
-    "padding counts as tokens": (ppo.Learner, "step", "e.batch.mask[rows].sum()", "(e.batch.attention[rows] >= 0).sum()", "tokens, kl in the loss"),
-    "prompts count as tokens": (ppo.Learner, "step", "e.batch.mask[rows].sum()", "e.batch.attention[rows].sum()", "tokens, kl in the loss"),
-    "the last piece alone": (ppo.Learner, "step", "accelerator.backward(loss * ranks)", "k + 1 == len(pieces) and accelerator.backward(loss * ranks)", "tokens"),
+    "padding counts as tokens": (
+        ppo.Learner,
+        "step",
+        "e.batch.mask[rows].sum()",
+        "(e.batch.attention[rows] >= 0).sum()",
+        "tokens, kl in the loss",
+    ),
+    "prompts count as tokens": (
+        ppo.Learner,
+        "step",
+        "e.batch.mask[rows].sum()",
+        "e.batch.attention[rows].sum()",
+        "tokens, kl in the loss",
+    ),
+    "the last piece alone": (
+        ppo.Learner,
+        "step",
+        "accelerator.backward(loss * ranks)",
+        "k + 1 == len(pieces) and accelerator.backward(loss * ranks)",
+        "tokens",
+    ),
     "a piece twice": (ppo.Learner, "step", "e[piece], count", "e[mine[:len(piece)]], count", "tokens"),
     "gradients of two steps": (ppo.Learner, "step", "self.optimizer.zero_grad()", "pass", "tokens"),
     "gradients are not clipped": (ppo.Learner, "step", "config.max_grad_norm", "1000000000.0", "tokens"),
     "one epoch": (ppo, "_minibatches", "range(config.epochs)", "range(1)", "tokens"),
     "every epoch in the same order": (ppo, "_minibatches", "e.round, epoch", "e.round, 0", "tokens"),
-    "the rates change places": (ppo, "_set_rates", "(config.lr, config.value_lr)", "(config.value_lr, config.lr)", "tokens"),
-    "the rate of the round before": (ppo.Learner, "update", "steps + len(norms)", "len(norms)", "tokens, kl in the reward"),
+    "the rates change places": (
+        ppo,
+        "_set_rates",
+        "(config.lr, config.value_lr)",
+        "(config.value_lr, config.lr)",
+        "tokens",
+    ),
+    "the rate of the round before": (
+        ppo.Learner,
+        "update",
+        "steps + len(norms)",
+        "len(norms)",
+        "tokens, kl in the reward",
+    ),
     "the stop is never": (ppo.Learner, "update", "config.target_kl and", "False and", "a critic, and a stop"),
-    "the stop counts twice": (ppo.Learner, "update", "/ n > config.target_kl", "/ (1000 * n) > config.target_kl", "a critic, and a stop"),
-    "a value head of the policy's states": (ppo.ActorCritic, "_values", "self.critic is None", "True", "a critic, and a stop"),
+    "the stop counts twice": (
+        ppo.Learner,
+        "update",
+        "/ n > config.target_kl",
+        "/ (1000 * n) > config.target_kl",
+        "a critic, and a stop",
+    ),
+    "a value head of the policy's states": (
+        ppo.ActorCritic,
+        "_values",
+        "self.critic is None",
+        "True",
+        "a critic, and a stop",
+    ),
     "the end is written twice": (playing, "retry_ids", "tokenizer.decode(ids[:at]).strip()", "True", "tokens"),
-    "the end is never written": (playing, "_attempts", "if last.ended else None", "if last.ended else tokenizer.eos_token_id", "tokens"),
+    "the end is never written": (
+        playing,
+        "_attempts",
+        "if last.ended else None",
+        "if last.ended else tokenizer.eos_token_id",
+        "tokens",
+    ),
 }
 
 
