@@ -125,7 +125,7 @@ def is_finished(
         raise ValueError(f"{out} holds {left[0].name} of a run that has left no settings: {what_to_do}")
     return done is not None
 
-
+# %% ../nbs/00d_book.ipynb #fbbd7694
 def _plain(settings):
     "As JSON gives them back."
     return json.loads(json.dumps(settings))

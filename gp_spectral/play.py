@@ -28,7 +28,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer
 
 from .models import check_context, context_length, end_tokens, has_position_table, inference, is_sharded
-from .models import open_model, world
+from .models import open_model, turn_end, world
 
 # %% ../nbs/00e_play.ipynb #3120b31c
 @dataclass
@@ -75,7 +75,7 @@ def text_of(
         raise TypeError(f"{type(task).__name__}.{method} gave {found!r} for {given[0]!r}: expected text")
     return found
 
-
+# %% ../nbs/00e_play.ipynb #5795fd10
 def _chat_ids(tokenizer, messages, after=None):
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if after is not None:
@@ -102,7 +102,8 @@ def retry_ids(
     tokenizer: Any,  # its tokenizer, padding on the left
     task: Any,  # says what the user answers to a failed attempt
     feedback: Any,  # the verifier's
-    end: int | None,  # the end token that the model wrote itself; None: it was cut off
+    ended: bool,  # whether the model wrote an end token itself
+    end: int | None = None,  # which one; None: the tokenizer's or the template's
 ) -> list:  # token ids
     "What stands between a failed attempt and the next: the rest of the turn, the feedback, the header."
     conversation = [
@@ -111,7 +112,8 @@ def retry_ids(
         {"role": "user", "content": text_of(task, "retry", feedback)},
     ]
     ids = _chat_ids(tokenizer, conversation, after=_PLACEHOLDER)
-    at = ids.index(end) if end in ids else None
+    written = {end} if end is not None else {tokenizer.eos_token_id, turn_end(tokenizer)}
+    at = next((k for k, i in enumerate(ids) if ended and i in written), None)
     return ids if at is None or tokenizer.decode(ids[:at]).strip() else ids[at + 1 :]
 
 # %% ../nbs/00e_play.ipynb #51cbbb6e
@@ -131,8 +133,9 @@ def unknown_words(
     return list(found)
 
 
-def _warn_of_words(tokenizer, texts):
+def _warn_of_words(tokenizer, texts, common=False):
     words = unknown_words(tokenizer, texts)
+    words = [w for w in words if all(w in text for text in texts)] if common else words
     if words:
         told = f"the tokenizer has no token for {', '.join(map(repr, words[:5]))} of what the model is told"
         warnings.warn(f"{told}: it reads {tokenizer.unk_token} there; ask in words that it has", stacklevel=3)
@@ -335,6 +338,14 @@ def _judge(episode, answer, task, tokenizer):
     episode.turns.append(Turn(start, start + len(new), text, found, ended, *logp))
     episode.ids = episode.ids + new
 
+# %% ../nbs/00e_play.ipynb #d780a83c
+def _limit(model, task, prompt, attempts):
+    "Tokens of an answer where the caller does not say."
+    if getattr(task, "max_new_tokens", None):
+        return task.max_new_tokens
+    context = context_length(model)
+    return 512 if context is None else max(1, min(512, context // attempts - prompt))
+
 # %% ../nbs/00e_play.ipynb #3f612d0f
 def play(
     model: torch.nn.Module,  # a causal language model
@@ -353,10 +364,9 @@ def play(
 ) -> list:  # of `Episode`, in the order of `problems`
     "Plays episodes: answer, verdict, next attempt, until solved or out of attempts."
     rank, ranks = (world().process_index, world().num_processes) if share else (0, 1)
-    limit = max_new_tokens or getattr(task, "max_new_tokens", 512)
     episodes = {i: _asked(tokenizer, task, p, begin) for i, p in enumerate(problems) if i % ranks == rank}
     idle = prompt_ids(tokenizer, task, problems[0]) if len(problems) else []
-    _warn_of_words(tokenizer, [text_of(task, "prompt", p) for p in problems[:100]])
+    limit = max_new_tokens or _limit(model, task, len(idle), attempts)
 
     def answers(ask, active, batch, attempt):
         prompts, seeds = [active[i].ids for i in batch] or [idle], [(*seed, i, attempt) for i in batch or [0]]
@@ -374,6 +384,7 @@ def play(
 def _attempts(active, attempts, answers, task, tokenizer, size, together, progress):
     "Plays what is not solved, again and again."
     most = lambda n: max(gather_object([n])) if together else n
+    _warn_of_words(tokenizer, [text_of(task, "prompt", e.problem) for e in list(active.values())[:100]])
     for attempt in range(attempts):
         batches, bar = _batches(active, size, most), dict(desc=f"{progress} {attempt + 1}", unit="batch", leave=False)
         for batch in tqdm(batches, disable=not progress, **bar):
@@ -384,8 +395,9 @@ def _attempts(active, attempts, answers, task, tokenizer, size, together, progre
             return
         for e in active.values():
             last = e.turns[-1]
-            e.ids = e.ids + retry_ids(tokenizer, task, last.feedback, e.ids[-1] if last.ended else None)
-        _warn_of_words(tokenizer, {text_of(task, "retry", e.turns[-1].feedback) for e in active.values()})
+            e.ids = e.ids + retry_ids(tokenizer, task, last.feedback, last.ended, e.ids[-1])
+        said = [text_of(task, "retry", e.turns[-1].feedback) for e in active.values()]
+        _warn_of_words(tokenizer, said, common=True)  # not those that feedback quotes from an answer
 
 
 def _joined(episodes, ranks):

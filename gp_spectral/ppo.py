@@ -847,7 +847,7 @@ def _row(e, limit):
         warnings.warn(f"no answer of round {e.round + 1} ended within {limit} tokens: {advice}", stacklevel=6)
     return row
 
-
+# %% ../nbs/02_ppo.ipynb #7f61af38
 def _warn_silent(e):
     "A warning where rewards tell nothing of a round that is not solved."
     turns = [t for x in e.batch.episodes for t in x.turns]

@@ -71,7 +71,7 @@ def _unsayable(tokenizer, task, problem, answer):
     lost = back != answer and verdict(task, problem, answer).solved and not verdict(task, problem, back).solved
     return f"it gives back {back!r}" if lost else ""
 
-
+# %% ../nbs/01_sft.ipynb #a39a36a1
 def check_examples(
     model: torch.nn.Module,  # a causal language model
     tokenizer: Any,  # its tokenizer
@@ -79,9 +79,13 @@ def check_examples(
     problems: list,  # what `sft_dataset` gave
     data: Dataset,  # with the problems
 ):
-    "A `ValueError` where no answer can be said or one is too long; a warning where only some cannot be said."
+    "A `ValueError` where no answer can be said or end, or one is too long; a warning where some cannot be said."
+    end_tokens(model, tokenizer)  # says so where there is none
     answers = [row["completion"][0]["content"] for row in data]
-    whole = (len(prompt_ids(tokenizer, task, p) + tokenizer(a).input_ids) for p, a in zip(problems, answers))
+    whole = (
+        len(prompt_ids(tokenizer, task, p) + tokenizer(a, add_special_tokens=False).input_ids)
+        for p, a in zip(problems, answers)
+    )
     if context_length(model) is not None:
         check_context(model, max(whole), "the longest example")
     wrong = {a: why for p, a in zip(problems, answers) if (why := _unsayable(tokenizer, task, p, a))}
@@ -321,7 +325,6 @@ def train_sft(
         if not book.finished:
             set_seed(config.seed)
             network, tokenizer = open_model(model, tokenizer, config.dtype, to_train=True)
-            end_tokens(network, tokenizer)  # says so where there is none
             seen, data = sft_dataset(task, config.examples, config.seed, config.hands)
             check_examples(network, tokenizer, task, seen, data)
             measure = _measured(tokenizer, task, seen, eval_tasks, config.n_eval)

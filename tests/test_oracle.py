@@ -556,7 +556,7 @@ BUGS = {
         "tokens, kl in the reward",
     ),
     "the stop is never": (ppo.Learner, "update", "config.target_kl and", "False and", "a critic, and a stop"),
-    "the stop counts twice": (
+    "the stop comes too late": (
         ppo.Learner,
         "update",
         "/ n > config.target_kl",
@@ -574,8 +574,8 @@ BUGS = {
     "the end is never written": (
         playing,
         "_attempts",
-        "if last.ended else None",
-        "if last.ended else tokenizer.eos_token_id",
+        "last.ended, e.ids[-1]",
+        "True, tokenizer.eos_token_id",
         "tokens",
     ),
 }

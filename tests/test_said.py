@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gp_spectral import grpo
 from gp_spectral.book import Book, NoRoom, is_finished, needs_room
 from gp_spectral.env import Feedback, GeneralPoints
 from gp_spectral.folders import TINY
@@ -351,6 +352,20 @@ def test_an_answer_that_fits_is_not_refused():
     assert _Context(model_of("bloom"), [[5]], ends)(torch.full((1, 9000), 5), 1) == 1
 
 
+def test_a_task_that_says_no_length_has_room():
+    "The 512 tokens of such a task are fewer where the context is short, and leave room for all attempts."
+
+    class Brief(Coin):
+        max_new_tokens = None
+
+        def retry(self, feedback):
+            return "again"
+
+    model, tokenizer = model_of("llama", max_position_embeddings=256), tokenizer_of("qwen")
+    [e] = play(model, tokenizer, Brief(), ["A 2"], attempts=2, sampler=lambda *a: [([5] * a[3], False)], batch_size=1)
+    assert 200 < len(e.ids) <= 256 and len(e.turns) == 2
+
+
 def test_how_long_a_context_is():
     stretched = dict(rope_type="linear", factor=4.0, rope_theta=1e4)
     assert context_length(model_of("llama", max_position_embeddings=64)) == 64
@@ -473,6 +488,21 @@ def test_chance_of_a_kind_that_is_not_known_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="LlamaForCausalLM gives other numbers.*gradient_checkpointing = False"):
         begin(train_ppo, model, tmp_path / "x", tokenizer=tokenizer, gradient_checkpointing=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_grpo_takes_chance_out(tmp_path, monkeypatch):
+    "TRL works in training mode, and makes nothing of dropout but modules."
+
+    class Seen(Exception):
+        pass
+
+    def look(method, network, *more):
+        refuse_chance(network, "leave it")
+        raise Seen
+
+    monkeypatch.setattr(grpo, "_trainer", look)
+    with pytest.raises(Seen):
+        begin(train_grpo, model_of("bloom", **RANDOM["bloom"]), tmp_path / "x", tokenizer=tokenizer_of("qwen"))
 
 
 def test_the_first_step_of_a_model_with_functional_dropout(tmp_path):
