@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 LOSS = "test_training.py::test_the_loss_is_trls"
 PICK = "test_training.py::test_pick_takes_the_earliest_best_after_the_start"
 GROUPS, REWARDS = "test_grpo.py::test_advantages", "test_grpo.py::test_rewards"
+BY_HAND = "test_grpo.py::test_advantages_and_prompts_by_hand"
 PROMPTS = "test_twins.py::test_the_prompts_are_those_of_the_rounds"
 TURN, SAID = "test_said.py::test_a_turn_ends_once", "test_said.py::test_"
 
@@ -80,7 +81,7 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
         "* 1",
         GROUPS,
     ),
-    "GRPO divides by the batch": ("grpo", "", "group_advantages", "scale == 'group'", "False", GROUPS),
+    "GRPO divides by the batch": ("grpo", "", "group_advantages", "scale == 'group'", "False", BY_HAND),
     "GRPO forgets the scale": (
         "grpo",
         "Verifier",
@@ -97,7 +98,7 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
         "self.problems[0]",
         REWARDS,
     ),
-    "GRPO asks for another problem": ("grpo", "", "prompt_dataset", "problem=i", "problem=0", REWARDS),
+    "GRPO asks for another problem": ("grpo", "", "prompt_dataset", "problem=i", "problem=0", BY_HAND),
     "GRPO plays one round again and again": (
         "grpo",
         "",
@@ -142,7 +143,7 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
         "check_context",
         "tokens > length",
         "tokens > length + 1",
-        SAID + "an_answer_that_fits",
+        SAID + "how_long_a_context_is",
     ),
     "answers that have ended are counted": (
         "play",

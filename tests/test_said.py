@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -373,6 +374,9 @@ def test_how_long_a_context_is():
     assert context_length(ActorCritic(model_of("gpt2", n_positions=48))) == 48
     assert context_length(model_of("bloom")) is None and context_length(torch.nn.Linear(2, 2)) is None
     check_context(model_of("bloom"), 10**9, "a text")
+    check_context(model_of("gpt2", n_positions=48), 48, "a text")
+    with pytest.raises(ValueError, match="a context of 48 tokens, and a text needs 49 or more"):
+        check_context(model_of("gpt2", n_positions=48), 49, "a text")
 
 
 @pytest.mark.parametrize("train", [train_sft, train_grpo])
@@ -415,7 +419,11 @@ def test_rewards_that_are_no_numbers(reward):
         verdict(Bad(Feedback(reward, "x", False)), "A 2", "x")
 
 
-@pytest.mark.parametrize("found", [(1.0, "no", False), 1.0, None, "right", dict(reward=1.0, solved=True)], ids=str)
+@pytest.mark.parametrize(
+    "found",
+    [(1.0, "no", False), 1.0, None, "right", dict(reward=1.0), SimpleNamespace(reward=1.0, solved=True, error="")],
+    ids=str,
+)
 def test_a_verdict_that_is_none(found):
     with pytest.raises(TypeError, match=r"Bad.verify gave .*: expected a Feedback\(reward, message, solved, error\)"):
         play(*load_model("tiny"), Bad(found), ["A 2"])
