@@ -27,9 +27,10 @@ from transformers.utils import logging as transformers_logging
 
 from .book import TrainerBook, task_name, task_names
 from .config import Config, check_counts, option
-from .models import Float32Outputs, accumulating, lora_config, model_name, no_future_warnings, one_gpu
-from .models import open_model, quiet, release, resolve_precision, save_model, world
-from .play import curve_row, end_tokens, evaluate, prompt_ids
+from .models import Float32Outputs, accumulating, check_context, end_tokens, has_position_table
+from .models import lora_config, model_record, no_dropout, no_future_warnings, one_gpu, open_model
+from .models import quiet, release, resolve_precision, save_model, world
+from .play import curve_row, evaluate, prompt_ids, text_of, verdict
 
 # %% ../nbs/02a_grpo.ipynb #cd274e35
 def group_advantages(
@@ -133,7 +134,7 @@ def prompt_dataset(
     problems: list,  # any Python objects
 ) -> Dataset:
     "What TRL reads: the user's turn, and the problem's place in the list."
-    said = lambda p: [dict(role="user", content=task.prompt(p))]
+    said = lambda p: [dict(role="user", content=text_of(task, "prompt", p))]
     return Dataset.from_list([dict(prompt=said(p), problem=i) for i, p in enumerate(problems)])
 
 # %% ../nbs/02a_grpo.ipynb #d0b58b62
@@ -155,11 +156,7 @@ class Verifier:
         "The verdict on a completion."
         answer = ids[:-1] if ids and ids[-1] in self.ends else ids
         text = self.tokenizer.decode(answer, skip_special_tokens=True)
-        found = self.task.verify(self.problems[problem], text)
-        if not math.isfinite(found.reward):
-            gave = f"{type(self.task).__name__} gave the reward {found.reward}"
-            raise ValueError(f"{gave}: expected a finite number")
-        return found
+        return verdict(self.task, self.problems[problem], text)
 
 # %% ../nbs/02a_grpo.ipynb #f67855d3
 @patch
@@ -203,6 +200,14 @@ def check_padding(
         what = f"{type(model).__name__} gives {100 * off:.0f} % of its probability to other tokens"
         when = f"once a prompt of {len(short)} tokens is padded to {width} on the left, which is how TRL scores it"
         raise ValueError(f"{what} {when}: use a model with rotary positions, prompts of one length, or train_ppo")
+
+# %% ../nbs/02a_grpo.ipynb #b0d7ae7d
+def _check_model(network, tokenizer, prompts, limit):
+    "A `ValueError` where a model cannot play these prompts."
+    end_tokens(network, tokenizer)  # says so where there is none
+    most = limit if has_position_table(network) else 1  # beyond a table TRL fails without a word of why
+    check_context(network, max(map(len, prompts)) + most, "an answer")
+    check_padding(network, tokenizer, prompts)
 
 # %% ../nbs/02a_grpo.ipynb #1e942421
 _ALWAYS = dict(
@@ -422,7 +427,8 @@ def _train(book, model, tokenizer, task, config, method, eval_tasks, eval_every,
     problems = training_problems(task, config)
     set_seed(config.seed)
     network, tokenizer = open_model(model, tokenizer, config.dtype, to_train=True)
-    check_padding(network, tokenizer, [prompt_ids(tokenizer, task, p) for p in problems[:1000]])
+    no_dropout(network)
+    _check_model(network, tokenizer, [prompt_ids(tokenizer, task, p) for p in problems[:1000]], limit)
     book.begin()
     book.track(trackers)
     shown = dict(desc=method.upper(), unit="round", leave=False, disable=not (progress and world().is_main_process))
@@ -455,7 +461,7 @@ def train_grpo(
     config = GRPOConfig.of(config)
     _check(config, method, eval_every, n_eval)
     run = asdict(config) | dict(method=method, precision=resolve_precision(config.precision))
-    run |= dict(model=model_name(model), task=task_name(task), eval_tasks=task_names(eval_tasks))
+    run |= model_record(model) | dict(task=task_name(task), eval_tasks=task_names(eval_tasks))
     run |= dict(processes=world().num_processes, eval_every=eval_every, n_eval=n_eval)
     with TrainerBook.open(out, run) as book:
         if not book.finished:

@@ -32,10 +32,10 @@ from tqdm.auto import tqdm
 
 from .book import TensorBook, task_name, task_names
 from .config import Config, check_counts, option
-from .models import full_state, gather_to_generate, inference, is_sharded, keep_float32, lora_config
-from .models import merged_state, model_name, no_future_warnings, on_cpu, open_model, refuse_diverged
-from .models import release, resolve_precision, save_model, world
-from .play import curve_row, end_tokens, evaluate, generate, play
+from .models import end_tokens, full_state, gather_to_generate, inference, is_sharded, keep_float32
+from .models import lora_config, merged_state, model_record, no_dropout, no_future_warnings, on_cpu
+from .models import open_model, refuse_chance, refuse_diverged, release, resolve_precision, save_model, world
+from .play import curve_row, evaluate, generate, play
 
 # %% ../nbs/02_ppo.ipynb #54112183
 @dataclass
@@ -207,16 +207,6 @@ def rollout(
     return collate(episodes, tokenizer.pad_token_id, config.reward_scale)
 
 # %% ../nbs/02_ppo.ipynb #43c90826
-def _no_dropout(model):
-    "With dropout the ratio of probabilities would compare two different networks."
-    for m in model.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(m, name, None), float):
-                setattr(m, name, 0.0)
-
-
 class ValueHead(nn.Sequential):
     "From a hidden state to a value, in float32 whatever the model's weights are; FSDP2 shards it by itself."
 
@@ -255,7 +245,7 @@ class ActorCritic(nn.Module):
         if head != "none":
             self.value_head = ValueHead(model.config.get_text_config().hidden_size, head).to(self.device)
             self._no_split_modules.append("ValueHead")
-        _no_dropout(self)
+        no_dropout(self)
         self.eval()
 
     @property
@@ -416,7 +406,7 @@ def whiten(
 ) -> torch.Tensor:  # (B, T)
     "Mean 0 and standard deviation 1; unchanged where nothing varies."
     chosen = x[mask if over is None else over]
-    if chosen.numel() < 2 or chosen.std() < 1e-8:
+    if chosen.numel() < 2 or chosen.std() < max(1e-8, 1e-6 * chosen.abs().max()):  # a constant, and its rounding
         return x * mask
     return (x - chosen.mean()) / chosen.std() * mask
 
@@ -579,7 +569,11 @@ def _open(model, config, device, tokenizer=None):
 
         with no_future_warnings():
             network = get_peft_model(network, lora_config(config.lora))
-    return ActorCritic(network, config.value_head), tokenizer
+    end_tokens(network, tokenizer)  # says so where there is none
+    net = ActorCritic(network, config.value_head)
+    if config.gradient_checkpointing:
+        refuse_chance(network, "set gradient_checkpointing = False")
+    return net, tokenizer
 
 # %% ../nbs/02_ppo.ipynb #71acceae
 class Learner:
@@ -853,10 +847,22 @@ def _row(e, limit):
         warnings.warn(f"no answer of round {e.round + 1} ended within {limit} tokens: {advice}", stacklevel=6)
     return row
 
+# %% ../nbs/02_ppo.ipynb #7f61af38
+def _warn_silent(e):
+    "A warning where rewards tell nothing of a round that is not solved."
+    turns = [t for x in e.batch.episodes for t in x.turns]
+    same = len(turns) > 1 and len({t.feedback.reward for t in turns}) == 1
+    if same and not all(x.solved for x in e.batch.episodes):
+        what = f"every answer of a round earned the same, {turns[0].feedback.reward}: there is nothing to learn from"
+        moves = "with lam below 1 PPO still comes to prefer short answers, and whiten makes that large"
+        warnings.warn(f"{what}, and {moves}; look at the verifier, or give PPO lam=1 and whiten=False", stacklevel=5)
+
 
 @patch
 def told(self: Learner, e: Experience) -> dict:
     "What the log has besides: how good the values were, and how far another engine's tokens are from the policy."
+    if self.config.kl != "reward":
+        _warn_silent(e)
     returns = e.returns[e.acts]
     spread = returns.var().item() if len(returns) > 1 else 0.0
     row = dict(explained_variance=1 - (returns - e.values[e.acts]).var().item() / spread if spread > 0 else 0.0)
@@ -943,7 +949,7 @@ def _settings(config, model, task, eval_tasks, accelerator, **more):
     cut = os.environ.get("ACCELERATE_USE_FSDP") or accelerator.distributed_type == DistributedType.DEEPSPEED
     asked = {k: bool(v) if k == "vllm" else v for k, v in dataclasses.asdict(config).items()}
     asked |= dict(precision=accelerator.mixed_precision)
-    asked |= dict(model=model_name(model), task=task_name(task), eval_tasks=task_names(eval_tasks))
+    asked |= model_record(model) | dict(task=task_name(task), eval_tasks=task_names(eval_tasks))
     asked |= dict(processes=accelerator.num_processes if cut else "any") | more
     return {k: v for k, v in asked.items() if k != "save_every"}
 

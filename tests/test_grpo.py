@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from gp_spectral import models
 from gp_spectral.env import Feedback, GeneralPoints
-from gp_spectral.grpo import GRPOConfig, Verifier, group_advantages, train_grpo
+from gp_spectral.grpo import GRPOConfig, Verifier, group_advantages, prompt_dataset, train_grpo
 from gp_spectral.folders import TINY
 from gp_spectral.models import load_model
 from gp_spectral.play import prompt_ids
@@ -419,3 +419,13 @@ def test_killed_it_ends_with_the_same_bits(tmp_path, method, kills, lora):
         == sorted(p.name for p in b.iterdir())
         == ["checkpoint", "curve.parquet", "log.parquet", "settings.json"]
     )
+
+
+def test_advantages_and_prompts_by_hand():
+    "A group is divided by its own deviation; each row of the data says which problem it asks for."
+    rewards = torch.tensor([[0.0, 1, 0, 1], [0.0, 9, 0, 9]])
+    wanted = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
+    torch.testing.assert_close(group_advantages(rewards), wanted, atol=1e-3, rtol=1e-3)
+    problems = ID.problems("train", 3)
+    asked = [(row["problem"], row["prompt"][0]["content"]) for row in prompt_dataset(ID, problems)]
+    assert asked == [(i, ID.prompt(p)) for i, p in enumerate(problems)]

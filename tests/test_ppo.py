@@ -80,18 +80,30 @@ class Words:
 # --- the checks: each raises AssertionError when something is wrong
 
 
-def check_sampler_against_scorer(kind="llama", temperature=0.6, n=6000):
-    "How often our sampler takes each pair of tokens, against the scorer's probabilities: chi-square over 6,000 draws."
+def every_pair(model, prompt, temperature):
+    "The scorer's probability of each two tokens, (first, second): those that end with the first are left out."
+    pairs = [(a, b) for a in range(24) if a != Words.eos_token_id for b in range(24)]
+    turn = [Turn(3, 5, "", Feedback(0, "", False), False)]
+    batch = collate([Episode(None, prompt + list(pair), turn) for pair in pairs], 0)
+    return pairs, score(ActorCritic(model), batch, temperature)[0][:, 3:5].sum(1).double().exp()
+
+
+def check_sampler_against_scorer(kind="llama", n=6000):
+    """How often our sampler takes each pair of tokens, against the scorer's probabilities: chi-square over 6,000 draws.
+    The cells are the pairs that could be drawn, not those that were, so what is never drawn is seen; and rare pairs,
+    each too rare to count, are counted together. At the higher temperature no token is rare."""
     model, prompt = small(kind), [5, 9, 11]
-    drawn = playing.generate(model, Words, [prompt] * n, 2, temperature, [(7, i) for i in range(n)])
-    counts = pd.Series([tuple(ids) for ids, _ in drawn if len(ids) == 2]).value_counts()
-    episodes = [
-        Episode(None, prompt + list(pair), [Turn(3, 5, "", Feedback(0, "", False), False)]) for pair in counts.index
-    ]
-    logp = score(ActorCritic(model), collate(episodes, 0), temperature)[0][:, 3:5].sum(1).exp() * n
-    often = logp >= 5
-    chi = ((torch.tensor(counts.values)[often] - logp[often]) ** 2 / logp[often]).sum() / often.sum()
-    assert often.sum() > 15 and 0.5 < chi < 1.6, float(chi)
+    for temperature in (0.6, 1.5):
+        drawn = playing.generate(model, Words, [prompt] * n, 2, temperature, [(7, i) for i in range(n)])
+        counts = pd.Series([tuple(ids) for ids, _ in drawn if len(ids) == 2]).value_counts()
+        pairs, p = every_pair(model, prompt, temperature)
+        seen, wanted = torch.tensor([counts.get(pair, 0) for pair in pairs]).double(), n * p
+        often = wanted >= 5
+        chi = ((seen - wanted)[often] ** 2 / wanted[often]).sum() / often.sum()
+        rare = (seen[~often].sum() - wanted[~often].sum()) / wanted[~often].sum().clamp(min=1).sqrt()
+        firsts = wanted.view(-1, 24).sum(1), seen.view(-1, 24).sum(1)
+        assert often.sum() > 60 and 0.5 < chi < 1.5 and abs(rare) < 4, (temperature, float(chi), float(rare))
+        assert all(s > 0 for w, s in zip(*firsts) if w > 12), "a token that can no longer be drawn"
 
 
 def check_scorer_against_transformers(kind):
@@ -459,6 +471,28 @@ BUGS = {
         "__call__",
         "scores.float()",
         "scores.float().where(scores >= scores.topk(5)[0][:, -1:], -torch.inf)",
+        "sampler",
+    ),
+    "the sampler leaves out four of twenty-four": (
+        playing._Draw,
+        "__call__",
+        "scores.float()",
+        "scores.float().where(scores >= scores.topk(20)[0][:, -1:], -torch.inf)",
+        "sampler",
+    ),
+    "the sampler leaves out what is a twentieth of the likeliest": (
+        playing._Draw,
+        "__call__",
+        "scores.float()",
+        "scores.float().where(scores > scores.amax(-1, keepdim=True) - 3 * self.temperature, -torch.inf)",
+        "sampler",
+    ),
+    "the sampler never takes the last twentieth": (playing._Draw, "__call__", "u * cdf", "0.95 * u * cdf", "sampler"),
+    "the sampler is a little too warm": (
+        playing._Draw,
+        "__call__",
+        "/ self.temperature",
+        "/ (self.temperature + 0.05)",
         "sampler",
     ),
     "positions off by one, which rotary models forgive": (

@@ -263,6 +263,7 @@ def test_the_prompts_are_those_of_the_rounds(tmp_path, monkeypatch, train, confi
     with pytest.raises(ValueError, match=f"RL is given {n} prompts with an answer, not {n + 1}"):
         sft_dataset(prompts, n + 1)
     assert prompts.problems("test", 3, 1) == task.problems("test", 3, 1)
+    assert prompts.problems("train", 3) == prompts.dealt[:3] != prompts.dealt[-3:]
 
 
 def test_prompts_without_an_answer_are_left_out():
@@ -279,6 +280,7 @@ def test_prompts_without_an_answer_are_left_out():
 def test_the_prompts_of_GRPO_are_its_own():
     config = GRPOConfig(iterations=2, samples=16, minibatch=16)
     assert RLPrompts(ID, config).dealt == training_problems(ID, config) and len(training_problems(ID, config)) == 4
+    assert training_problems(ID, config) == [p for i in range(2) for p in ID.problems("train", 2, f"0:{i}")]
 
 
 # --- in a study
