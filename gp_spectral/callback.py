@@ -51,7 +51,7 @@ class _Adapted:
     def matrix(self, m):
         layer = self.layers[m.name]
         W = layer.get_base_layer().weight.detach()
-        return W + sum(layer.get_delta_weight(a).to(W) for a in layer.active_adapters)
+        return W + sum(layer.get_delta_weight(a).detach().to(W) for a in layer.active_adapters)
 
 
 def _as_it_runs(model):

@@ -35,7 +35,7 @@ from .env import CARDS, Problem, hand_splits, steps_to
 from .folders import write_json
 from .grpo import check_launch as check_grpo
 from .grpo import train_grpo
-from .models import inference, load_model, resolve, resolve_precision, world
+from .models import inference, load_model, resolve, resolve_precision, turn_end, world
 from .play import evaluate, prompt_ids, success_rate
 from .ppo import check_launch as check_ppo
 from .ppo import train_ppo
@@ -652,7 +652,7 @@ def answer_loss(
 ) -> float:  # nats per token
     "Mean cross-entropy of right answers; the prompt does not count, the end token does."
     total, tokens = 0.0, 0
-    end = [tokenizer.eos_token_id]
+    end = [next(i for i in (turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)]
     rows = [
         (prompt_ids(tokenizer, task, p), tokenizer(a, add_special_tokens=False).input_ids + end) for p, a in problems
     ]
