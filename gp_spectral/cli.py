@@ -67,12 +67,21 @@ _SPECTRAL = {
         "singular values of checkpoints",
         ("spectrum base/ sft/ --kinds q_proj --layers 'first 25%' --plot s.png", "spectrum tiny --table s.csv"),
     ),
+    "drift": Command(
+        "drift",
+        "how far the hidden states of prompts drifted, layer by layer, beside noise as large as the change",
+        ("drift base/ sft/ rl/ --prompts questions.txt --plot drift.png",),
+    ),
     "compare": Command(
         "angles",
         "which matrices, layers and bands turned from the first checkpoint to the others, and is it more than noise",
         ("compare base/ sft/ rl/ --out comparison", "compare base/ lora/ --base base/ --layers 'last 2' --heads"),
         goes_on=True,
     ),
+}
+
+# %% ../nbs/08_cli.ipynb #2d46da92
+_REPAIR = {
     "recover": Command(
         "sweep",
         "repair a checkpoint with the singular directions of an earlier one",
@@ -90,7 +99,7 @@ _SPECTRAL = {
         goes_on=True,
     ),
 }
-COMMANDS = _TRAINING | _SPECTRAL
+COMMANDS = _TRAINING | _SPECTRAL | _REPAIR
 
 # %% ../nbs/08_cli.ipynb #f0e7d6a4
 def functions_of(
