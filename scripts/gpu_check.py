@@ -673,7 +673,7 @@ def gather_smollm2(out, preset, **more):
                 add(f"{kind}_curve", stage / "curve.parquet", seed=s)
                 add(f"{kind}_log", stage / "log.parquet", seed=s)
             for file in stage.glob("*.parquet"):
-                if file.stem not in ("curve", "log"):
+                if file.stem not in ("curve", "log", "spectrum"):  # all σ of all matrices: too much to be carried
                     add(file.stem, file, seed=s)
     (out / "tables").mkdir(exist_ok=True)
     for name, parts in tables.items():
