@@ -1031,7 +1031,8 @@ def _plot_bar(ax, x, rows, color):
         rim = [withStroke(linewidth=2.5, foreground="white")]
         ax.vlines(x, 100 * low, 100 * high, color="0.2", lw=1, path_effects=rim)
     place = dict(xytext=(9, 3), textcoords="offset points", fontsize=8.5)
-    ax.annotate(f"{round(100 * given_back):.0f}", (x, 100 * max(given_back, 0)), **place)
+    share = f"{100 * given_back:.0f}"
+    ax.annotate("0" if share == "-0" else share, (x, 100 * max(given_back, 0)), **place)
     return [100 * y for y in (given_back, low, high) if math.isfinite(y)]
 
 

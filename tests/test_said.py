@@ -403,6 +403,9 @@ class Bad(Coin):
     def __init__(self, verdict):
         self.verdict = verdict
 
+    def answer(self, problem, seed=0):
+        return "24"  # a word of the small model
+
     def verify(self, problem, text):
         return self.verdict
 
