@@ -25,7 +25,7 @@ from .checkpoint import PARTS, TABLES, as_checkpoint, as_parts, common_weights, 
 from .checkpoint import tell_apart, with_base
 from .folders import CheckpointError, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
-from .page import write_page
+from .page import TURNED, write_page
 from .svd import SPLIT, as_cache, change_row, choose_drivers, factors, gram, gram_eigenvalues, long_side
 from .svd import looks_untrained, matmul, one_thread, plain_log, relative_change, short_factors, use_drivers
 import matplotlib.pyplot as plt
@@ -815,7 +815,7 @@ def compare(
 # %% ../nbs/04_angles.ipynb #8a3fef66
 def _is_rotated(verdicts):
     "Whether a row turned beyond noise."
-    return verdicts.isin(["rotated", "chance"])
+    return verdicts.isin(TURNED)
 
 
 def several_stacks(
@@ -957,9 +957,11 @@ def plot_angles(
     pairs, ticks = list(dict.fromkeys(zip(table.base, table.other))), []
     ax = ax or plt.subplots(figsize=(1.5 + 4 * len(pairs) ** 0.7, 3.4), layout="constrained")[1]
     table = table.assign(**{c: np.degrees(table[c]) for c in (value, "random_mean", "floor")})
-    near = table.floor.mean() > table[value][table[value] > 0].min() / 20
+    near = []
     for p, (base, other) in enumerate(pairs):
-        ticks += _draw_pair(ax, p, table[(table.base == base) & (table.other == other)], value, near)
+        rows = table[(table.base == base) & (table.other == other)]
+        near.append(rows.floor.mean() > rows[value][rows[value] > 0].min() / 20)
+        ticks += _draw_pair(ax, p, rows, value, near[p])
         if len(pairs) > 1:
             _said(ax, f"{base} → {other}", (4 * p + 1, 1), (0, 3), fontsize=9.5)
     if len(pairs) == 1:
@@ -967,7 +969,7 @@ def plot_angles(
     if table[value].min() > 0:
         ax.set_yscale("log")
         plain_log(ax.yaxis)
-    _style_angles(ax, value, ticks, near)
+    _style_angles(ax, value, ticks, any(near))
     return ax
 
 # %% ../nbs/04_angles.ipynb #6a012ff9

@@ -87,9 +87,11 @@ class SpectralCallback(TrainerCallback):
         share: float = 0.05,  # of the time since training began that looks may take; above 0, at most 1
         start=None,  # a checkpoint or model to measure from; None: the weights that training begins with
     ):
-        for name, value, good in (("every", every, every >= 1), ("share", share, 0 < share <= 1)):
-            if not good:
-                raise ValueError(f"{name} = {value}: expected {'at least 1' if name == 'every' else 'a part of 1'}")
+        for name, value in dict(every=every, matrices=matrices).items():
+            if value < 1:
+                raise ValueError(f"{name} = {value}: expected at least 1")
+        if not 0 < share <= 1:
+            raise ValueError(f"share = {share}: expected a part of 1")
         self.file, self.every, self.n, self.kinds = Path(file), every, matrices, kinds
         self.fraction, self.share, self.start, self.trainer = fraction, share, start, None
         self.rows, self.factors, self.spent, self.began, self.last = [], {}, 0.0, None, None

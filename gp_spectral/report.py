@@ -1312,7 +1312,7 @@ def _page(study, tables, pictures, command):
         success=list(success_rows(tables)),
         faults_head=FAULTS_HEAD,
         faults=list(fault_rows(tables)),
-        bundle=library(),
+        library=library,
         map=_map(tables),
         command=command,
         times=tables["times"].groupby("stage", sort=False).seconds.sum().sort_values(ascending=False),

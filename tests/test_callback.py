@@ -81,7 +81,7 @@ def test_means_go_where_the_trainer_logs(tmp_path):
     assert [x["step"] for x in logs] == [2, 4] and logs[-1] | watch.means() == logs[-1]
 
 
-@pytest.mark.parametrize("wrong", [dict(every=0), dict(share=0), dict(share=1.5)])
+@pytest.mark.parametrize("wrong", [dict(every=0), dict(matrices=0), dict(share=0), dict(share=1.5)])
 def test_what_makes_no_sense_is_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SpectralCallback(tmp_path / "a.parquet", **wrong)

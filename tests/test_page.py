@@ -34,6 +34,14 @@ def test_sentences_are_those_of_the_tables(compared):
     assert all(told in page for told in found["base → rl"] if "‖" not in told)
 
 
+def test_a_pair_that_is_equal_has_one_sentence(compared, tmp_path):
+    "And no ratio of nothing to nothing."
+    folder = write(tmp_path / "same", weights())
+    assert main(["compare", str(folder), str(folder), "--out", str(tmp_path / "out")]) in (0, None)
+    (told,) = what_turned(read_comparison(tmp_path / "out")).values()
+    assert told == ["Nothing changed: every number is equal."] and "nan times" not in str(told)
+
+
 def test_nothing_to_show_is_told(compared):
     empty = read_comparison(compared).angles.assign(mean=np.nan)
     with pytest.raises(ValueError, match="nothing was compared"):
