@@ -38,7 +38,7 @@ def map_rows(
     at = t.layer.map(lambda x: "" if pd.isna(x) else str(int(x)))
     ratio = (t["mean"] / t.isotropic).where(t.isotropic > 0)
     rows = t[["matrix", "kind", "side", "band", "verdict"]].assign(pair=t.base + " → " + t.other, layer=at, ratio=ratio)
-    return rows.assign(**{name: np.degrees(t[column]).round(4) for column, name in _SHOWN.items()})
+    return rows.assign(**{name: np.degrees(t[column]).round(7) for column, name in _SHOWN.items()})
 
 # %% ../nbs/03c_page.ipynb #bf5b47bf
 def _choice(name, values):
