@@ -277,6 +277,11 @@ def problems(
     raise ValueError("rl_hands = unseen: SFT is given all hands of the split; set sft_hands to fewer")
 
 # %% ../nbs/06a_stages.ipynb #943dda0a
+def _tables_in(root):
+    "Where the tables of a study lie: in tables/, or beside its preset where only these were kept."
+    return root if (root / "claims.parquet").exists() else root / "tables"
+
+
 class Study:
     "A preset, a run folder, and what the stages have made in it."
 
@@ -305,16 +310,16 @@ class Study:
     @cached_property
     def tables(self) -> dict:  # {name: DataFrame}
         "The tables of the finished study, read once."
-        return {p.stem: pd.read_parquet(p) for p in sorted((self.root / "tables").glob("*.parquet"))}
+        return {p.stem: pd.read_parquet(p) for p in sorted(_tables_in(self.root).glob("*.parquet"))}
 
 # %% ../nbs/06a_stages.ipynb #6f439d06
 @patch(cls_method=True)
 def open(
     cls: Study,
-    root: str | Path = "runs/tiny-rule",  # what `gp-spectral study` wrote
+    root: str | Path = "runs/tiny-rule",  # what `gp-spectral study` wrote, or its tables and preset alone
 ) -> Study:
     "A finished study; a `ValueError` when `root` holds none."
-    tables = Path(root) / "tables"
+    tables = _tables_in(Path(root))
     if not (tables / "claims.parquet").exists():
         told = f"{root} holds no finished study: run `gp-spectral study` first"
         raise ValueError(f"{told}, or give the folder that has report.html in it")
