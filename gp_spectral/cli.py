@@ -78,6 +78,11 @@ _SPECTRAL = {
         ("compare base/ sft/ rl/ --out comparison", "compare base/ lora/ --base base/ --layers 'last 2' --heads"),
         goes_on=True,
     ),
+    "explore": Command(
+        "app",
+        "look at a study or a comparison in a browser: click on a matrix, try a repair, play a hand",
+        ("explore runs/tiny-rule", "explore comparison --no-browser --port 8866"),
+    ),
 }
 
 # %% ../nbs/08_cli.ipynb #2d46da92

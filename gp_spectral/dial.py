@@ -15,12 +15,13 @@ import ipywidgets as widgets
 import pandas as pd
 import torch
 
-from .chart import Chart, answering, with_rows, words
+from .chart import Chart, answering, words
 from .checkpoint import as_checkpoint, describe, layer_range, same_name
 from .models import load_model
 from .play import evaluate, success_rate
 from .recovery import edit_matrix, load_methods, options_for, prepare
 from .stages import NAMES, edit_name
+from .svd import CHECKPOINT_COLORS
 
 # %% ../nbs/07b_dial.ipynb #05a18543
 def _copied(job):
@@ -136,28 +137,35 @@ def known_success(
     parts = [t.assign(what=what) for t, what in ((ends, "checkpoint"), (priced, "priced by the study"))]
     return pd.concat(parts).rename_axis("name").reset_index()
 
-# %% ../nbs/07b_dial.ipynb #4f7e161d
-_WHAT = ["checkpoint", "priced by the study", "tried before", "this repair"]
-_LOOK = dict(domain=_WHAT, range=["#000000", "#bbbbbb", "#56B4E9", "#D55E00"])
-_PERCENT = alt.Axis(format=".0%", grid=True, gridColor="#eee")
+# %% ../nbs/07b_dial.ipynb #c34fde5b
+_MARKS = {  # what a mark is: colour, shape, size
+    **{name: (CHECKPOINT_COLORS[key], "square", 110) for key, name in NAMES.items()},
+    "priced by the study": ("#bbbbbb", "circle", 40),
+    "tried before": ("#56B4E9", "diamond", 90),
+    "this repair": ("#D55E00", "diamond", 170),
+}
+_AXIS = dict(axis=alt.Axis(format=".0%", gridColor="#eee"), scale=alt.Scale(zero=False, nice=False, padding=14))
 
 
 def success_chart(
     data=alt.NamedData("rows"),  # a table: name, what, ID, OOD; or the name of one that comes later
 ) -> alt.LayerChart:
-    "Success under both rules of checkpoints and edits, a mark each; checkpoints have their names beside them."
-    base = alt.Chart(data).encode(
-        alt.X("ID:Q", title="success under the rule that SFT trains", axis=_PERCENT, scale=alt.Scale(zero=False)),
-        alt.Y("OOD:Q", title="success under the other rule", axis=_PERCENT, scale=alt.Scale(zero=False)),
-        alt.Color("what:N", scale=alt.Scale(**_LOOK), title=None, legend=alt.Legend(orient="top", columns=4)),
+    "Success under both rules of checkpoints and edits, a mark each."
+    scales = [alt.Scale(domain=list(_MARKS), range=list(x)) for x in zip(*_MARKS.values())]
+    legend = alt.Legend(orient="right", symbolOpacity=1)
+    base = alt.Chart(data).transform_calculate(mark="datum.what == 'checkpoint' ? datum.name : datum.what")
+    base = base.encode(
+        alt.X("ID:Q", title="success under the rule that SFT trains", **_AXIS),
+        alt.Y("OOD:Q", title="success under the other rule", **_AXIS),
         tooltip=["name:N", alt.Tooltip("ID:Q", format=".1%"), alt.Tooltip("OOD:Q", format=".1%")],
     )
-    shape = alt.Shape("what:N", scale=alt.Scale(domain=_WHAT, range=["square", "circle", "diamond", "diamond"]))
-    size = alt.Size("what:N", scale=alt.Scale(domain=_WHAT, range=[90, 45, 90, 170]), legend=None)
-    marks = base.mark_point(filled=True, opacity=0.85).encode(shape.legend(None), size)
-    names = base.transform_filter("datum.what == 'checkpoint' || datum.what == 'this repair'")
-    texts = names.mark_text(align="left", dx=9, dy=-6, fontSize=12).encode(text="name:N", color=alt.value("#222"))
-    return (marks + texts).properties(width=430, height=300)
+    marks = base.mark_point(filled=True, opacity=0.85).encode(
+        alt.Color("mark:N", scale=scales[0], title=None, legend=legend),
+        alt.Shape("mark:N", scale=scales[1], title=None, legend=legend),
+        alt.Size("mark:N", scale=scales[2], title=None, legend=legend),
+    )
+    name = base.transform_filter("datum.what == 'this repair'").mark_text(align="left", dx=10, dy=-7, fontSize=12)
+    return (marks + name.encode(text="name:N")).properties(width=430, height=300)
 
 # %% ../nbs/07b_dial.ipynb #5da7bbe3
 def study_dial(
@@ -208,7 +216,7 @@ def dial_widget(
     "The dial: a repair is chosen, made and asked."
     at, said, picture = _controls(dial), widgets.HTML(), Chart()
     spec = success_chart().to_dict()
-    show = lambda now=None: setattr(picture, "spec", with_rows(spec, rows=_rows(known, dial, now)))
+    show = lambda now=None: picture.show(spec, rows=_rows(known, dial, now))
 
     def run():
         said.value = words("asking …")

@@ -9,8 +9,8 @@ __all__ = ['GIVEN', 'LIKE', 'METHODS', 'WHOSE', 'ANCHORED', 'SYMMETRIC', 'Ranks'
            'Edit', 'Option', 'Steps', 'Method', 'method', 'load_methods', 'find_method', 'method_options', 'check_pair',
            'held_ranks', 'edit_matrix', 'edit_factors', 'uv_merge', 'symmetric_merge', 'anchored_merge',
            'direct_rotation', 'sigma_only', 'interpolate', 'interpolate_to_norm', 'random_merge', 'certificate',
-           'new_folder', 'Repair', 'options_for', 'progress_bar', 'prepare', 'recover', 'root_of_squares', 'whole_way',
-           'write_record', 'recovery_record', 'lora_factors', 'plot_recovery']
+           'new_folder', 'Repair', 'matrix_seed', 'options_for', 'progress_bar', 'prepare', 'recover',
+           'root_of_squares', 'whole_way', 'write_record', 'recovery_record', 'lora_factors', 'plot_recovery']
 
 # %% ../nbs/05_recovery.ipynb #a96125da
 import difflib
@@ -1149,15 +1149,20 @@ def _restored(job, m, e):
     return dict(restored=given, lacking=count(asked) - given)
 
 
+def matrix_seed(
+    seed,  # of a repair
+    name,  # of a matrix
+) -> int:
+    "The seed of one matrix: equal for equal names, and unlike that of any other."
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "big")
+
+
 def options_for(
     job,  # `Repair`
     m,  # one of its matrices
 ) -> dict:
     "The method's options for one matrix: with a seed of its own, where there is one."
-    if "seed" not in job.options:
-        return job.options
-    seed = hashlib.sha256(f"{job.options['seed']}:{m.name}".encode()).digest()
-    return job.options | dict(seed=int.from_bytes(seed[:6], "big"))
+    return job.options | (dict(seed=matrix_seed(job.options["seed"], m.name)) if "seed" in job.options else {})
 
 
 def progress_bar(
