@@ -21,10 +21,9 @@ try:
 except ModuleNotFoundError as e:
     raise ModuleNotFoundError(f"the explorer needs {e.name}: pip install 'gp_spectral[widgets]'") from e
 
-# %% ../nbs/07a_chart.ipynb #801fd827
+# %% ../nbs/07a_chart.ipynb #8223c8fd
 _CSS = """
-.vega-embed { display: flex; flex-direction: column; align-items: flex-start; overflow: visible }
-.vega-embed .chart-wrapper { display: flex; flex-direction: column }
+.vega-embed.vega-embed { display: flex; flex-direction: column; align-items: flex-start; overflow: visible }
 .vega-embed .vega-bindings { order: -1; display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; margin-bottom: .4rem }
 .vega-embed .vega-bindings, .vega-embed select { font: 13px system-ui, sans-serif }
 """

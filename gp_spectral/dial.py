@@ -134,7 +134,7 @@ def known_success(
     single, edits = first["evaluations"].query("allowed == 1"), first["recovery_answers"]
     ends = _by_rule(single[single.checkpoint.isin(list(NAMES))], "checkpoint").reindex(NAMES).rename(NAMES)
     priced = _by_rule(edits[~edits.edit.isin(["target", "donor"])], "edit")
-    parts = [t.assign(what=what) for t, what in ((ends, "checkpoint"), (priced, "priced by the study"))]
+    parts = [t.assign(what=what) for t, what in ((priced, "priced by the study"), (ends, "checkpoint"))]
     return pd.concat(parts).rename_axis("name").reset_index()
 
 # %% ../nbs/07b_dial.ipynb #c34fde5b
@@ -194,9 +194,10 @@ def _controls(dial):
 # %% ../nbs/07b_dial.ipynb #9bcc6335
 def _rows(known, dial, now=None):
     "What the chart shows: what is known, and every repair that was tried, the latest by itself."
-    tried = [row if row is now else row | dict(what="tried before") for row in dial.asked.values()]
-    columns = ["name", "what", "ID", "OOD"]
-    return pd.concat([known[columns], pd.DataFrame(tried, columns=columns)]) if tried else known[columns]
+    tried = [row | dict(what="tried before") for row in dial.asked.values() if row is not now]
+    columns, mark = ["name", "what", "ID", "OOD"], lambda rows: pd.DataFrame(rows, columns=columns)
+    parts = [mark(tried), known[columns], mark([now] if now else [])]  # what comes later lies on top
+    return pd.concat([t for t in parts if len(t)])
 
 
 def _in_words(row, known, dial):

@@ -6,8 +6,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/explore.html.md"""
 
 # %% auto #0
 __all__ = ['Opened', 'opened', 'matrix_factors', 'sigma_rows', 'change_rows', 'noise_factors', 'profile_rows', 'energy_rows',
-           'sigma_chart', 'profile_chart', 'energy_chart', 'detail_rows', 'detail_chart', 'opened_map', 'furthest',
-           'spectral_widget', 'explore']
+           'sigma_chart', 'profile_chart', 'energy_chart', 'detail_rows', 'drawable', 'detail_chart', 'opened_map',
+           'furthest', 'spectral_widget', 'explore']
 
 # %% ../nbs/07_explore.ipynb #90032b56
 import dataclasses
@@ -350,7 +350,8 @@ def detail_rows(
         energy=energy_rows(opened, base, other, matrix),
     )
 
-# %% ../nbs/07_explore.ipynb #40d1e207
+# %% ../nbs/07_explore.ipynb #2ad1f141
+_CHARTS = dict(sigma=("sigma", "change", "strip"), profile=("profile",), energy=("energy",))  # and their tables
 _MISSING = dict(
     sigma="Singular values: this study kept no table of spectra for this seed, and its checkpoints are not at hand.",
     profile="Sorted angles: they are measured on the checkpoints, and those of this pair are not at hand.",
@@ -358,16 +359,23 @@ _MISSING = dict(
 )
 
 
-def detail_chart(
+def drawable(
     rows,  # from `detail_rows`
+) -> tuple:  # (names of pictures, {name: table} that they are drawn of, why others are not: texts)
+    "What can be drawn of a matrix."
+    names = [name for name in _CHARTS if len(rows[name])]
+    left = [told for name, told in _MISSING.items() if name not in names]
+    return names, {table: rows[table] for name in names for table in _CHARTS[name]}, left
+
+
+def detail_chart(
+    names,  # of pictures, see `drawable`
     labels,  # of the checkpoints
-) -> tuple:  # (chart; None where there is nothing to draw, [why something is not drawn])
-    "The pictures of a matrix, as far as there is something to draw."
-    charts = dict(sigma=lambda: sigma_chart(labels), profile=profile_chart, energy=energy_chart)
-    drawn = [make() for name, make in charts.items() if len(rows[name])]
-    left = [told for name, told in _MISSING.items() if rows[name].empty]
-    chart = alt.hconcat(*drawn, spacing=18).resolve_scale(color="independent", strokeDash="independent")
-    return chart if drawn else None, left
+) -> alt.HConcatChart:  # None where there is nothing to draw
+    "The pictures of a matrix."
+    made = dict(sigma=lambda: sigma_chart(labels), profile=profile_chart, energy=energy_chart)
+    chart = alt.hconcat(*(made[name]() for name in names), spacing=18)
+    return chart.resolve_scale(color="independent", strokeDash="independent") if names else None
 
 # %% ../nbs/07_explore.ipynb #93c361d5
 def opened_map(
@@ -438,13 +446,11 @@ def show(self: _Looking, *_):
     if key == self.shown:
         return
     rows = detail_rows(self.opened, *key)
-    drawn = tuple(name for name, t in rows.items() if len(t))
-    if drawn not in self.specs:
-        labels = list(rows["sigma"].checkpoint.unique())
-        chart, left = detail_chart(rows, labels)
-        self.specs[drawn] = chart and chart.to_dict(), left
-    spec, left = self.specs[drawn]
-    self.detail.show(spec, **rows)
+    names, rows, left = drawable(rows)
+    if (drawn := tuple(names)) not in self.specs:
+        chart = detail_chart(names, list(rows["sigma"].checkpoint.unique()) if "sigma" in rows else [])
+        self.specs[drawn] = chart and chart.to_dict()
+    self.detail.show(self.specs[drawn], **rows)
     self.matrix_said.value = words(_of_matrix(self.opened, *at), *left)
     self.say(at[:2])
     self.shown = key
