@@ -232,9 +232,7 @@ def until(browser, script, seconds=90):
 
 
 # The pictures are `.vega-embed` in their order: the map, what stands behind a matrix.
-LINES = (
-    "[...document.querySelectorAll('.vega-embed')[1].querySelectorAll('path[d]')].map(p => p.getAttribute('d')).join()"
-)
+DRAWN = "document.querySelectorAll('.vega-embed svg')[1].innerHTML"
 TEXT = "document.body.innerText"
 SQUARE = "[...document.querySelectorAll('.mark-rect path')].find(p => p.getAttribute('aria-label')?.includes('%s'))"
 CHOOSE = """
@@ -248,13 +246,13 @@ def moves_everything(browser):
     from selenium.webdriver import Keys
     from selenium.webdriver.common.by import By
 
-    until(browser, f"return document.querySelectorAll('.mark-rect path').length > 20 && {LINES}.length > 500")
+    until(browser, f"return document.querySelectorAll('.mark-rect path').length > 20 && {DRAWN}.length > 5000")
     time.sleep(0.5)  # the map tells its first choice once it is drawn
 
     def changes(move, said=""):
-        before = browser.execute_script(f"return {LINES}")
+        browser.execute_script(f"window.before = {DRAWN}")
         move()
-        until(browser, f"return {LINES} != {json.dumps(before)} && {TEXT}.includes({json.dumps(said)})")
+        until(browser, f"return {DRAWN} != window.before && {TEXT}.includes({json.dumps(said)})")
 
     changes(browser.execute_script(f"return {SQUARE % MATRIX}").click, f"{MATRIX}, base → SFT_MaxOOD")
     changes(lambda: browser.execute_script(CHOOSE, 0, 6), f"{MATRIX}, SFT_End → noise")
