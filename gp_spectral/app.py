@@ -127,6 +127,16 @@ def explore_arguments(
     parser.add_argument("--no-browser", action="store_true", help="print the address, and open nothing")
 
 
+_FILES = "tables/claims.parquet", "claims.parquet", "plan.json", "changes.parquet"  # of a study, of a comparison
+
+
+def _check_folder(folder):
+    "A `ValueError` where there is nothing to look at."
+    if not any((Path(folder) / name).is_file() for name in _FILES):
+        told = f"{folder} holds no finished study and no comparison"
+        raise ValueError(f"{told}: run `gp-spectral study` or `gp-spectral compare` first, or give two checkpoints")
+
+
 def _check_extra():
     "A `ValueError` where the app's packages are not installed."
     lacking = [name for name in ("voila", "ipywidgets", "anywidget") if find_spec(name) is None]
@@ -140,9 +150,7 @@ def run_explore(
     "Opens the explorer as an app, prints its address, and serves until it is stopped."
     _check_extra()
     if len(args.folders) == 1:
-        from gp_spectral.explore import opened
-
-        opened(args.folders[0], seed=args.seed)
+        _check_folder(args.folders[0])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with us
     with serving(args.folders, args.port, args.seed) as (address, server):
         print(f"the explorer: {address} (stop it with Ctrl-C)", flush=True)

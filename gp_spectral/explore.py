@@ -72,10 +72,10 @@ def _of_study(study, seed):
     "A repetition of a study."
     if seed not in study.seeds:
         raise ValueError(f"{study.root} has seeds {study.seeds}, not {seed}")
-    tables = {k: _called(t[t.seed == seed]) for k, t in study.tables.items() if "seed" in t}
-    parts = (tables[k] for k in ("angles", "sigma"))
-    compared = Comparison(*parts, tables.get("parts", pd.DataFrame()), pd.DataFrame())
-    spectrum, title = tables.get("spectrum", _NO_SPECTRUM), f"{study.root}, seed {seed}"
+    of_seed = lambda name, absent: _called(t[t.seed == seed]) if (t := study.tables.get(name)) is not None else absent
+    nothing = pd.DataFrame()
+    compared = Comparison(*(of_seed(name, nothing) for name in ("angles", "sigma", "parts")), nothing)
+    spectrum, title = of_seed("spectrum", _NO_SPECTRUM), f"{study.root}, seed {seed}"
     return Opened(title, compared, spectrum, _kept(study, seed), study, seed)
 
 # %% ../nbs/07_explore.ipynb #fad4e738

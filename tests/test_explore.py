@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from made import changed, weights, write
@@ -47,15 +48,18 @@ def run(tmp_path_factory):
     shutil.copytree(SHIPPED, root / "tables")
     (root / "tables" / "preset.json").rename(root / "preset.json")
     study = Study.open(root)
-    for seed in study.seeds[:1]:
-        curve = study.tables["sft_curve"].query("seed == @seed")
-        study.folder(seed).joinpath("sft").mkdir(parents=True)
-        curve.to_parquet(study.folder(seed) / "sft" / "curve.parquet")
-        named = study.checkpoints(seed)
-        for i, name in enumerate(("max_ood", "end", "rl")):
-            named[name].parent.mkdir(parents=True, exist_ok=True)
-            near(named[name], 0.03 * (i + 1), 7 * i)
+    study.folder(0).joinpath("sft").mkdir(parents=True)
+    pd.read_parquet(SHIPPED / "sft_curve.parquet").query("seed == 0").to_parquet(root / "0" / "sft" / "curve.parquet")
+    named = study.checkpoints(0)
+    for i, name in enumerate(("max_ood", "end", "rl")):
+        named[name].parent.mkdir(parents=True, exist_ok=True)
+        near(named[name], 0.03 * (i + 1), 7 * i)
     return root
+
+
+@pytest.fixture(scope="module")
+def study(run):
+    return Study.open(run)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +74,13 @@ def compared(tmp_path_factory):
 # --- what is opened
 
 
-def test_whatever_is_opened_has_pairs_and_a_map(run, compared):
+def test_whatever_is_opened_has_pairs_and_a_map(run, study, compared):
     one, two = (compared.parent / name for name in ("base", "sft"))
-    for what in ([run], [Study.open(run)], [SHIPPED], [compared], [one, two]):
+    for what in ([run], [study], [SHIPPED], [compared], [one, two]):
         found = opened(*what, **dict(progress=False, cache=False) if len(what) > 1 else {})
         rows = {r["pair"] for t in opened_map(found).to_dict()["datasets"].values() for r in t}
         assert rows == {f"{a} → {b}" for a, b in found.pairs} and len(found.tables.changes)
-    assert "SFT_End → noise" in {f"{a} → {b}" for a, b in opened(run).pairs}  # not filtered out
+    assert "SFT_End → noise" in {f"{a} → {b}" for a, b in opened(study).pairs}  # not filtered out
 
 
 def test_models_in_memory_are_compared():
@@ -108,19 +112,19 @@ def test_checkpoints_that_have_gone_or_changed_are_not_measured(compared, tmp_pa
         assert without.checkpoints == {} and rows["profile"].empty and rows["sigma"].empty and len(rows["energy"])
 
 
-def test_stacks_are_told_apart(run):
-    one = opened(run)
+def test_stacks_are_told_apart(study):
+    one = opened(study)
     angles = one.tables.angles.assign(stack=np.where(one.tables.angles.layer < 2, "vision", ""))
     chart = opened_map(replace(one, tables=one.tables._replace(angles=angles))).to_dict()
     kinds = {row["kind"] for rows in chart["datasets"].values() for row in rows}
     assert {"vision q_proj", "q_proj"} <= kinds
 
 
-def test_the_noise_is_the_studys_own(run, tmp_path):
-    named = Study.open(run).checkpoints(0)
+def test_the_noise_is_the_studys_own(study, tmp_path):
+    named = study.checkpoints(0)
     told = dict(method="random", like="donor", seed=0, progress=False, certify="quick")
     noise = recover(named["end"], named["rl"], tmp_path / "noise", **told)
-    rows, wanted = profile_rows(opened(run), "SFT_End", "noise", MATRIX), angle_profile(named["end"], noise, MATRIX)
+    rows, wanted = profile_rows(opened(study), "SFT_End", "noise", MATRIX), angle_profile(named["end"], noise, MATRIX)
     rows = rows[rows.what == "noise as large"]
     assert "measured" not in set(rows.what)
     for side in "UV":
@@ -139,9 +143,8 @@ EDITS = [
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=[e["method"] for e in EDITS])
-def test_a_dials_numbers_are_those_of_a_recovered_checkpoint(run, tmp_path, edit):
-    study = Study.open(run)
-    named, one = study.checkpoints(0), dial.study_dial(study, 0, 24)
+def test_a_dials_numbers_are_those_of_a_recovered_checkpoint(study, tmp_path, edit):
+    named, one = study.checkpoints(0), dial.study_dial(study, 0, 12)
     told = dict(seed=0, progress=False)
     folder = recover(named["end"], named["max_ood"], tmp_path / "out", certify="quick", **told, **edit)
     edited = dial.edited_tensors(prepare(named["end"], named["max_ood"], **told, **edit))
@@ -150,14 +153,13 @@ def test_a_dials_numbers_are_those_of_a_recovered_checkpoint(run, tmp_path, edit
     assert {name for name in stored if not torch.equal(stored[name], before[name])} <= set(edited)
     found = dial.ask(one, **edit)
     for rule, task in study.tasks.items():
-        rate = success_rate(evaluate(folder, task, problems=study.problems(rule, 24), attempts=1))
+        rate = success_rate(evaluate(folder, task, problems=study.problems(rule, 12), attempts=1))
         assert (found[rule], found[f"{rule}_low"]) == (rate["rate"], rate["low"])
     assert dial.ask(one, **edit) is found and found["ID"] + found["OOD"] > 0
 
 
-def test_the_dials_neighbours_are_the_studys_answers(run):
+def test_the_dials_neighbours_are_the_studys_answers(study):
     "The same hands, from its tables: as many as the dial asks."
-    study = Study.open(run)
     for n in (100, 7):
         known = dial.known_success(study.tables, 0, n).set_index("name")
         rows = study.tables["recovery_answers"].query("seed == 0 and edit == 'target' and problem < @n")
@@ -166,9 +168,9 @@ def test_the_dials_neighbours_are_the_studys_answers(run):
     assert {"base", "SFT_MaxOOD", "SFT_End", "RL", "anchored 20%"} <= set(known.index)
 
 
-def test_a_wrong_setting_is_told_in_the_dial(run):
-    one = dial.study_dial(Study.open(run), 0, 2)
-    left = dial.dial_widget(one, dial.known_success(Study.open(run).tables, 0, 2)).children[0].children
+def test_a_wrong_setting_is_told_in_the_dial(study):
+    one = dial.study_dial(study, 0, 2)
+    left = dial.dial_widget(one, dial.known_success(study.tables, 0, 2)).children[0].children
     left[2].value = "<b>9</b>"
     left[4].click()
     assert "&lt;b&gt;9" in left[5].value and "<b>" not in left[5].value and not one.asked
@@ -177,11 +179,10 @@ def test_a_wrong_setting_is_told_in_the_dial(run):
 # --- the player
 
 
-def test_a_played_hand_is_plays_transcript(run):
-    study = Study.open(run)
+def test_a_played_hand_is_plays_transcript(study):
     loaded = load_model(study.checkpoints(0)["end"])
     for rule, task in study.tasks.items():
-        for problem in study.problems(rule, 2):
+        for problem in study.problems(rule, 1):
             (episode,), hand = play(*loaded, task, [problem], attempts=3), player.Hand(loaded, task, problem)
             for _ in range(3):
                 hand.step()
