@@ -38,7 +38,7 @@ def _cell(folders, seed):
     told = ", ".join(repr(str(Path(f).resolve()) if Path(f).exists() else str(f)) for f in folders)
     return f"from gp_spectral.explore import explore\n\nexplore({told}, seed={seed!r})"
 
-
+# %% ../nbs/07d_app.ipynb #7506960b
 def write_notebook(
     folder: str | Path,  # to write into
     folders: list,  # what `explore` is given

@@ -121,7 +121,13 @@ def ask(
 # %% ../nbs/07b_dial.ipynb #4092e041
 def _by_rule(answers, name):
     "Success by checkpoint or edit, a column per rule."
-    return answers.groupby([name, "rule"], sort=False).solved_first.mean().unstack().rename_axis(None)
+    return (
+        answers.groupby([name, "rule"], sort=False)
+        .solved_first.mean()
+        .unstack()
+        .rename_axis(None)
+        .rename_axis(columns=None)
+    )
 
 
 def known_success(

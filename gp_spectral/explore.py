@@ -120,10 +120,7 @@ def opened(
         return _of_comparison(folder)
     return _of_study(Study.open(folder), seed)
 
-# %% ../nbs/07_explore.ipynb #4c2e9d53
-_POINTS = 200  # of a line
-
-
+# %% ../nbs/07_explore.ipynb #a3f966ca
 def matrix_factors(
     opened,  # `Opened`
     label,  # of a checkpoint that is at hand
@@ -134,6 +131,9 @@ def matrix_factors(
     if key not in opened.known:
         opened.known[key] = factors(opened.checkpoints[label], matrix, cache=True)
     return opened.known[key]
+
+# %% ../nbs/07_explore.ipynb #47a7373d
+_POINTS = 200  # of a line
 
 
 def _thinned(table):
@@ -200,7 +200,7 @@ def _chance(f, k):
         angles = np.degrees(random_angles(n, k).mean(0))
         yield pd.DataFrame(dict(rank=range(1, k + 1), degrees=angles, what="random", side=side))
 
-
+# %% ../nbs/07_explore.ipynb #1bfa5b0e
 def profile_rows(
     opened,  # `Opened`
     base,  # label of a checkpoint

@@ -139,11 +139,31 @@ def _player_controls(folders, tasks):
         step=widgets.Button(description="Next attempt"),
     )
 
+# %% ../nbs/07c_player.ipynb #9bc7e9b9
+class _Seat:
+    "Who sits at the table: what the controls do."
 
-def _lay(at, problem):
-    "Shows a hand in its fields; nothing is begun by it."
-    for key, value in (("cards", " ".join(problem.cards)), ("target", str(problem.target))):
-        at[key].value = value
+    def __init__(self, table, at, talk, about):
+        self.table, self.at, self.talk, self.about, self.dealing = table, at, talk, about, False
+
+    def show(self):
+        self.talk.value, self.at["step"].disabled = _conversation(self.table.hand), self.table.hand.over
+
+    def begin(self):
+        if not self.dealing:  # the fields are filled in one after the other
+            self.table.begin(*(self.at[key].value for key in ("name", "rule", "cards", "target")))
+            self.about.value = words(about_hand(self.table.hand.problem, self.table.hand.task))
+            self.show()
+
+    def deal(self):
+        problem, self.dealing = self.table.deal(self.at["rule"].value), True
+        self.at["cards"].value, self.at["target"].value = " ".join(problem.cards), str(problem.target)
+        self.dealing = False
+        self.begin()
+
+    def step(self):
+        self.table.hand.step()
+        self.show()
 
 # %% ../nbs/07c_player.ipynb #a9365e53
 def player_widget(
@@ -152,38 +172,12 @@ def player_widget(
     deck: dict,  # {rule: hands that are dealt, one after the other}
 ) -> widgets.VBox:
     "The player: a hand is dealt or typed, and a checkpoint answers it."
-    table, at = _Table(folders, tasks, deck), _player_controls(folders, tasks)
-    talk, about = widgets.HTML(), widgets.HTML()
-    dealing = []  # not empty while the fields are filled in by us
-
-    def show():
-        talk.value, at["step"].disabled = _conversation(table.hand), table.hand.over
-
-    def begin():
-        if dealing:
-            return
-        table.begin(at["name"].value, at["rule"].value, at["cards"].value, at["target"].value)
-        about.value = words(about_hand(table.hand.problem, table.hand.task))
-        show()
-
-    def deal():
-        dealing.append(1)
-        _lay(at, table.deal(at["rule"].value))
-        dealing.clear()
-        begin()
-
-    def step():
-        table.hand.step()
-        show()
-
-    _listen(at, *(answering(about, act) for act in (begin, deal, step)))
-    return widgets.VBox([widgets.HBox(list(at.values())[:3]), widgets.HBox(list(at.values())[3:]), about, talk])
-
-# %% ../nbs/07c_player.ipynb #0ff3adf5
-def _listen(at, begin, deal, step):
-    "Joins controls and actions, and deals the first hand."
+    at, talk, about = _player_controls(folders, tasks), widgets.HTML(), widgets.HTML()
+    seat = _Seat(_Table(folders, tasks, deck), at, talk, about)
+    begin, deal, step = (answering(about, act) for act in (seat.begin, seat.deal, seat.step))
     at["deal"].on_click(deal)
     at["step"].on_click(step)
     for key in ("name", "rule", "cards", "target"):
         at[key].observe(begin, names="value")
     deal()
+    return widgets.VBox([widgets.HBox(list(at.values())[:3]), widgets.HBox(list(at.values())[3:]), about, talk])
