@@ -36,6 +36,12 @@ _TRAINING = {
         ("study", "study --set sft_steps=480 --out longer", "study --rl grpo", "study --preset smollm2 --seeds 1"),
         goes_on=True,
     ),
+    "map": Command(
+        "healing",
+        "RL and its twins from many points of SFT, on several bases: where does it heal, and where not",
+        ("map", "map --vary sft_lr=2e-4,5e-4 --seeds 2 --out maps"),
+        goes_on=True,
+    ),
     "sft": Command(
         "study",
         "supervised fine-tuning on the ID rule",
