@@ -374,7 +374,7 @@ def _squares(rows, order, picked, colour, title):
         .properties(width=220, height=170)
     )
 
-
+# %% ../nbs/06d_healing.ipynb #1c348c3c
 def _beside(rows, picked):
     "What RL and its twins gave back at the point that was clicked, with its terms."
     long = rows.melt(["base", "seed", "start", "training"], list(_TERMS), "term", "points")

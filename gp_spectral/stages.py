@@ -687,7 +687,7 @@ def answer_loss(
         tokens += (wanted != -100).sum().item()
     return total / tokens
 
-
+# %% ../nbs/06a_stages.ipynb #ab76c03f
 def answer_divergence(
     model,  # a language model
     other,  # what became of it

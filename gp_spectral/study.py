@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+# %% ../nbs/06c_study.ipynb #ce3805a6
 import pandas as pd
 import psutil
 import torch
