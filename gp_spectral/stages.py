@@ -876,11 +876,7 @@ def edit_name(
 
 # %% ../nbs/06a_stages.ipynb #2c020065
 def _edited(named, edit, seed, folder, at_once):
-    "(checkpoint, size of the edit) of one line of the plan; the two ends of the way are lines too."
-    if edit["method"] == "target":
-        return named["end"], 0.0
-    if edit["method"] == "donor":
-        return named["max_ood"], 1.0
+    "(checkpoint, size of the edit) of one line of the plan."
     kept = folder.with_name("factors")  # what is decomposed once
 
     def repair():
@@ -908,11 +904,21 @@ def _edits_kept(part):
     return [r for r in rows if _name_of(r) in done], [x for _, x in answers.groupby(["edit", "rule"], sort=False)]
 
 # %% ../nbs/06a_stages.ipynb #cda19bf2
-def _price(row, loaded, tasks, asked, seed):
-    "(rows, tables of answers) of one edited model under both rules; `row` says which edit it is."
+_ENDS = dict(target=("end", 0.0), donor=("max_ood", 1.0))  # of the way: (checkpoint, size of the edit)
+
+
+def _known(study, seed, asked):
+    "{'target', 'donor': {rule: answers}}: what the evaluations of SFT_End and SFT_MaxOOD have told already."
+    rows = pd.read_parquet(study.evaluations(seed) / "evaluations.parquet").query("allowed == 1")
+    rows = rows[rows.problem < rows.rule.map({rule: len(problems) for rule, problems in asked.items()})]
+    of = lambda name, rule: rows[(rows.checkpoint == name) & (rows.rule == rule)]
+    return {end: {rule: of(name, rule) for rule in asked} for end, (name, _) in _ENDS.items()}
+
+
+def _price(row, told, seed):
+    "(rows, tables of answers) of one edit under both rules; `row` says which, `told` is {rule: its answers}."
     rows, answers = [], []
-    for rule, task in tasks.items():
-        table = evaluate(loaded, task, problems=asked[rule], attempts=1, share=True)
+    for rule, table in told.items():
         kept = table[["problem", "hand", "solved_first"]]
         answers.append(kept.assign(edit=_name_of(row), rule=rule, seed=seed))
         rate = {("success" if k == "rate" else k): v for k, v in success_rate(table).items()}
@@ -932,16 +938,21 @@ def _price_all(study, seed, named, part):
     "All edits of the plan, one after the other; after each the tables say what is done."
     p, (rows, answers) = study.preset, _edits_kept(part)
     asked = {rule: study.problems(rule, p.recovery_problems) for rule in study.tasks}
-    done = {x.edit.iloc[0] for x in answers}
-    plan = [dict(method="target"), dict(method="donor")] + recovery_plan(p.tops, p.band)
+    done, known = {x.edit.iloc[0] for x in answers}, _known(study, seed, asked)
+    plan = [dict(method=end) for end in _ENDS] + recovery_plan(p.tops, p.band)
     for edit in tqdm(plan, desc="recovery", unit="edit", leave=False, disable=not study.progress):
         if edit_name(**edit) in done:
             continue
-        path, norm = _edited(named, edit, seed, part / "edited", study.at_once)
+        if edit["method"] in known:
+            told, norm = known[edit["method"]], _ENDS[edit["method"]][1]
+        else:
+            path, norm = _edited(named, edit, seed, part / "edited", study.at_once)
+            loaded = None
+            loaded = load_model(path)  # one model at a time
+            ask = lambda rule: evaluate(loaded, study.tasks[rule], problems=asked[rule], attempts=1, share=True)
+            told = {rule: ask(rule) for rule in study.tasks}
         row = dict(method="", top=math.nan, tail=0.0, layers="", include="") | edit | dict(edit_norm=norm)
-        loaded = None
-        loaded = load_model(path)  # one model at a time
-        new_rows, new_answers = _price(row, loaded, study.tasks, asked, seed)
+        new_rows, new_answers = _price(row, told, seed)
         rows, answers = rows + new_rows, answers + new_answers
         _write(part / "recovery.parquet", pd.DataFrame(rows))
         _write(part / "recovery_answers.parquet", pd.concat(answers, ignore_index=True))  # last: what it knows is done
@@ -997,7 +1008,7 @@ def cells(
     work += [(f"{self.preset.rl} {step}", f, [sft], partial(self.rl, step=step)) for step, f in rl.items()]
     work += [(f"twin {twin}", f, [sft], partial(self.twin, twin=twin)) for twin, f in twins.items()]
     work += [("evaluations", at / "evaluations", [base, *rl.values(), *twins.values()], self.evaluations)]
-    work += [("recovery", at / "recovery", [sft], self.recovery)]
+    work += [("recovery", at / "recovery", [at / "evaluations"], self.recovery)]
     work += [("spectra", at / "spectra", [end], self.spectra)]
     return [Cell(seed, what, folder, tuple(needs), partial(run, seed)) for what, folder, needs, run in work]
 

@@ -83,7 +83,7 @@ def _asked(p, several):
 
 def _answers(p):
     "{kind: answers for one cell} of a preset."
-    starts, edits = len(p.ppo_starts), len(recovery_plan(p.tops, p.band)) + 2
+    starts, edits = len(p.ppo_starts), len(recovery_plan(p.tops, p.band))
     rounds = p.ppo_iterations * p.ppo_samples + 10 * p.curve_problems
     answers = dict(
         taught=9 * p.curve_problems if p.teach_steps else 0,
