@@ -10,6 +10,7 @@ which browsers draw themselves. The addresses are those of the published site.
 import argparse
 import base64
 import html
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import yaml
 from fastcore.nbio import read_nb
+from fontTools import subset
 from latex2mathml.converter import convert
 from nbdev.config import get_config, nbpath2html
 from nbdev.serve import proc_nbs
@@ -31,6 +33,7 @@ CODE = re.compile(r"^(?P<fence>`{3,}).*?^(?P=fence)`*$|(?P<ticks>`+)(?!`).+?(?<!
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
 LIST = re.compile(r"^(?!\s|[-*+|>#]|\d+\.)(.+)\n(?=(?:[-*+]|1\.) )", re.M)  # right behind the line of a paragraph
+SIGNS = [(0x20, 0x7F), (0xA0, 0x100), (0x300, 0x400), (0x2010, 0x2300), (0x1D434, 0x1D468), (0x1D6A8, 0x1D71C)]
 NAME = re.compile(r"^### ([\w.]+)$", re.M)  # the heading that `show_doc` writes
 DROPPED = "](\0)"  # the end of a link that leads nowhere
 EXAMPLE = """# A comparison to click on
@@ -110,7 +113,7 @@ class Site:
             return plain("".join(out["text"]))
         data = {kind: value if isinstance(value, str) else "".join(value) for kind, value in out["data"].items()}
         if "text/markdown" in data:
-            return self.markdown(data["text/markdown"], name)
+            return self.markdown(data["text/markdown"].replace("__main__.", ""), name)
         if "text/html" in data:
             return f'<div class="output">{re.sub("<style.*?</style>", "", data["text/html"], flags=re.S)}</div>'
         if "image/png" in data:
@@ -134,7 +137,7 @@ class Site:
         front, *cells = self.notebooks[name].cells
         told, pictures = yaml.safe_load(front.source.strip().strip("-")), []
         body = "\n\n".join(self.cell(cell, name, pictures) for cell in cells)
-        promise = f"<p class=\"promise\">{html.escape(told.get('description', ''), quote=False)}</p>"
+        promise = f"{told['description']}\n{{: .promise }}" if "description" in told else ""
         head = json.dumps({key: told[key] for key in ("title", "description") if key in told}, ensure_ascii=False)
         page = folder / self.pages[name]
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +162,16 @@ class Site:
         return found
 
 
+def font(file):
+    "Writes the signs of formulas as a font: STIX Two Math, which the package ziamath carries."
+    package = Path(importlib.util.find_spec("ziamath").origin).parent
+    options = subset.Options(flavor="woff", layout_features=["ssty"])  # smaller forms for exponents
+    whole, some = subset.load_font(package / "fonts" / "STIXTwoMath-Regular.ttf", options), subset.Subsetter(options)
+    some.populate(unicodes=[code for signs in SIGNS for code in range(*signs)])
+    some.subset(whole)
+    subset.save_font(whole, file, options)
+
+
 def example(file):
     "Writes the page of a small comparison."
     from example_pair import make_pair
@@ -173,7 +186,7 @@ def settings(config, navigation):
     return dict(
         site_name=config.title,
         site_description=config.description,
-        repo_url=config.git_url,
+        copyright=f'<a href="{config.git_url}">The notebooks</a>',
         docs_dir="pages",
         site_dir="site",
         use_directory_urls=False,
@@ -209,6 +222,7 @@ def build(
     site = Site(proc_nbs(str(config.nbs_path), n_workers=0), config.doc_url)
     with tempfile.TemporaryDirectory() as work:
         pages = Path(shutil.copytree(LOOKS, Path(work) / "pages"))
+        font(pages / "formulas.woff")
         for name in site.pages:
             site.write(name, pages)
         for png in config.nbs_path.rglob("*.png"):
