@@ -105,7 +105,8 @@ class Site:
             return LINK.sub(lambda m: f"]({to})" if (to := self.target(m[1], name)) else DROPPED, part)
 
         text = re.sub(rf"\[([^\[\]]*){re.escape(DROPPED)}", r"\1", outside_code(change, text))
-        return NAME.sub(lambda m: f"### `{m[1]}` {{#{m[1].lower()}}}", text)
+        anchor = lambda name: name.lower().replace("_", r"\_")
+        return NAME.sub(lambda m: f"### `{m[1]}` {{#{anchor(m[1])}}}", text)
 
     def output(self, out, name, pictures):
         "What an output shows, the best form that it has; a picture becomes a file of `pictures`."
