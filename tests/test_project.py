@@ -1,7 +1,6 @@
 "The project as a whole: what is generated is up to date, imports are light, and nothing imports upward."
 
 import ast
-import json
 import os
 import runpy
 import shutil
