@@ -182,6 +182,12 @@ def example(file):
     write_page(compare_all(make_pair(), progress=False), file)
 
 
+def palette(preferred, scheme, other, icon):
+    "Colours for readers who prefer light or dark, and the button that changes them."
+    media = f"(prefers-color-scheme: {preferred})"
+    return dict(media=media, scheme=scheme, toggle=dict(icon=icon, name=f"Change to {other} mode"))
+
+
 def settings(config, navigation):
     "What the generator is told."
     return dict(
@@ -196,8 +202,8 @@ def settings(config, navigation):
             font=False,  # that of the reader's machine
             features=["navigation.sections", "navigation.top", "navigation.footer", "content.code.copy", "toc.follow"],
             palette=[
-                dict(media="(prefers-color-scheme: light)", scheme="default"),
-                dict(media="(prefers-color-scheme: dark)", scheme="slate"),
+                palette("light", "default", "dark", "lucide/sun"),
+                palette("dark", "slate", "light", "lucide/moon"),
             ],
         ),
         plugins=["search", "offline"],
