@@ -13,14 +13,9 @@ import argparse
 import json
 import math
 import os
-import pkgutil
 import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
-import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -43,6 +38,7 @@ from .preset import Preset, load_preset, preset_arguments, preset_of, setting_ar
 from .report import claims_rows, sentences, write_report
 from .sft import pick
 from .stages import SAMPLES, Study, clock, in_one_process, no_signal, recovery_plan, share_work
+from .workers import working
 
 # %% ../nbs/06c_study.ipynb #d720eeaa
 def _timed(action):
@@ -294,141 +290,6 @@ def _computing_with(threads):
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/06c_study.ipynb #eb825364
-def _leave_with_the_parent():
-    "Ends this process when its standard input ends, or when it is asked to; what it has claimed is free then."
-
-    def leave(*_):
-        raise SystemExit(128 + signal.SIGTERM)
-
-    def watch():
-        while os.read(0, 1024):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, leave)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _hear():
-    "The line of JSON that a worker is given."
-    line = b""
-    while not line.endswith(b"\n"):
-        more = os.read(0, 65536)
-        if not more:
-            raise SystemExit("a worker is started by `gp-spectral study`, which tells it what to do")
-        line += more
-    return json.loads(line)
-
-# %% ../nbs/06c_study.ipynb #20342011
-def _mouth():
-    "A function that tells whoever started this process; what else is printed goes to standard error."
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def tell(**event):
-        print(json.dumps(event), file=out, flush=True)
-
-    return tell
-
-
-def _study_of(told):
-    "The study, or what is built on it, that a worker is told of."
-    preset = Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in told["preset"].items()})
-    kind = pkgutil.resolve_name(told["study"])
-    return kind(preset, told["root"], told["seeds"], trackers=told["trackers"], at_once=told["at_once"])
-
-# %% ../nbs/06c_study.ipynb #75aefad1
-def _work():
-    "What a worker does."
-    tell, told = _mouth(), _hear()
-    _leave_with_the_parent()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda message, *a, **k: tell(note=str(message))
-    torch.set_num_threads(told["threads"])
-    cells = _study_of(told).work(abreast=True)
-    number = {cell: i for i, cell in enumerate(cells)}
-
-    def run(cell):
-        if not cell.folder.exists():
-            tell(begins=number[cell])
-        try:
-            cell.run()
-        except Exception as e:
-            tell(failed=number[cell], kind=type(e).__name__, message=str(e), trace=traceback.format_exc())
-            raise SystemExit(1) from None
-        tell(done=number[cell])
-
-    share_work(cells, run, lambda cell: tell(busy=number[cell]))
-
-# %% ../nbs/06c_study.ipynb #c4b7b96e
-_WORKER = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from gp_spectral.study import _work; _work()"
-
-
-def _start_worker(settings):
-    "A worker's process, which has been told what to do."
-    threads = {k: str(settings["threads"]) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    worker = subprocess.Popen(
-        [sys.executable, "-P", "-c", _WORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | threads | dict(PYTHONPATH=paths),
-        text=True,
-        errors="replace",
-    )
-    with suppress(BrokenPipeError):  # one that has died already is heard of soon
-        worker.stdin.write(json.dumps(settings) + "\n")
-        worker.stdin.flush()
-    return worker
-
-
-def _stop(workers):
-    "Ends workers, and waits for their end."
-    for worker in workers:
-        worker.terminate()
-    for worker in workers:
-        with suppress(OSError):
-            worker.stdin.close()
-        try:
-            worker.wait(10)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
-
-# %% ../nbs/06c_study.ipynb #3bd979bd
-def _listen(name, worker, told):
-    "Puts (name, event) of all that a worker tells into a queue, and its end."
-
-    def errors():
-        for line in worker.stderr:
-            told.put((name, dict(said=line.rstrip())))
-
-    def events():
-        for line in worker.stdout:
-            told.put((name, json.loads(line) if line.startswith("{") else dict(said=line.rstrip())))
-        code = worker.wait()
-        beside.join(5)
-        told.put((name, dict(ended=code)))
-
-    beside = threading.Thread(target=errors, daemon=True)
-    beside.start()
-    threading.Thread(target=events, daemon=True).start()
-
-
-@contextmanager
-def _workers(settings, count):
-    "Workers by their names, and the queue of what they tell; afterwards none is left."
-    told, started = queue.Queue(), {}
-    try:
-        for name in range(1, count + 1):
-            started[name] = _start_worker(settings)
-            _listen(name, started[name], told)
-        yield started, told
-    finally:
-        _stop(started.values())
-
 # %% ../nbs/06c_study.ipynb #e0a76d5d
 _BAR = "{desc} {n_fmt} of {total_fmt} |{bar:20}| {elapsed}{postfix}"
 
@@ -534,7 +395,7 @@ def _run_in_workers(study, count, threads, progress):
     "Has workers run what is left of a study."
     visible = progress.say is not _silent and sys.stdout.isatty()
     bar = dict(total=len(progress.all), desc="stages", leave=False, disable=not visible, bar_format=_BAR)
-    with tqdm(**bar) as shown, _workers(_told(study, threads), count) as (started, events):
+    with tqdm(**bar) as shown, working(_told(study, threads), count) as (started, events):
         crew, alive = _Crew(progress, shown), set(started)
         while alive:
             with suppress(queue.Empty):
