@@ -507,7 +507,7 @@ def test_as_many_workers_as_there_is_room_and_work_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(work_module, "_cores", lambda: 6)
     monkeypatch.setattr(work_module, "_memory", lambda: 64 << 30)
-    assert _how_many(study, 99, few) == 6  # a seed's RL from three starts, three twins, and recovery
+    assert _how_many(study, 99, few) == 6  # a seed's RL from three starts and three twins
     assert _how_many(study, None, few) == 6
     assert _how_many(Study(study.preset, tmp_path, 3), None, few) == 6 and _how_many(study, 1, few) == 1
     assert _how_many(Study(study.preset, tmp_path, 3), None, 1_000_000_000) == 2  # of 33 GiB each
