@@ -281,7 +281,12 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "what, how, processes",
-    [("ppo", "ddp", 2), pytest.param("ppo", "ddp", 3, marks=slow), ("ppo", "fsdp2", 2), ("ppo lora", "fsdp2", 2)],
+    [
+        ("ppo", "ddp", 2),
+        pytest.param("ppo", "ddp", 3, marks=slow),
+        ("ppo", "fsdp2", 2),
+        pytest.param("ppo lora", "fsdp2", 2, marks=slow),
+    ],
 )
 def test_ppo_equals_one_process(tmp_path, alone, what, how, processes):
     "Eleven episodes in minibatches of seven, for two or three processes: nothing divides, hangs or differs."
@@ -347,7 +352,7 @@ def test_fsdp2_in_16_bits_rounds_nothing_that_PPO_compares(tmp_path):
     "what, how",
     [
         ("sft", "ddp"),
-        ("sft lora", "ddp"),
+        pytest.param("sft lora", "ddp", marks=slow),
         ("sft", "fsdp2"),
         pytest.param("sft lora", "fsdp2", marks=slow),
         ("sft", "zero2"),

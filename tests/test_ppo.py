@@ -673,16 +673,16 @@ def test_kl_in_the_loss_is_the_exact_kl_on_average():
     "options",
     [
         dict(kl="loss"),
-        dict(kl="reward"),
-        dict(kl="loss", lora=2),
+        pytest.param(dict(kl="reward"), marks=pytest.mark.slow),
+        pytest.param(dict(kl="loss", lora=2), marks=pytest.mark.slow),
         dict(kl="reward", lora=2, level="turn"),
-        dict(value_head="model"),
+        pytest.param(dict(value_head="model"), marks=pytest.mark.slow),
         dict(value_head="model", lora=2),
-        dict(value_head="mlp"),
+        pytest.param(dict(value_head="mlp"), marks=pytest.mark.slow),
         dict(value_clip=0.1, entropy_coef=0.01, target_kl=0.1),
-        dict(gradient_checkpointing=True),
+        pytest.param(dict(gradient_checkpointing=True), marks=pytest.mark.slow),
         dict(gradient_checkpointing=True, lora=2),
-        dict(dtype="bfloat16"),
+        pytest.param(dict(dtype="bfloat16"), marks=pytest.mark.slow),
         dict(level="turn", published=True, attempts=2),
     ],
     ids=str,
@@ -842,8 +842,8 @@ def test_sampling_does_not_depend_on_company():
     assert a == b and a != [e.ids for e in play(*model, ID, problems, 2, 1.0, seed=(3, 2))]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("size", [60, 13])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+@pytest.mark.parametrize("size", [pytest.param(60, marks=pytest.mark.slow), 13])
 def test_what_is_kept_between_attempts_changes_no_answer(temperature, size):
     "Equal ids for these conversations, and far fewer tokens through the model."
     model, tokenizer = load_model("tiny", dtype="float32")
@@ -972,7 +972,14 @@ def fake_server(model, tokenizer, bias=0.0):
     return client
 
 
-@pytest.mark.parametrize("bias, weight", [(0.0, 1.0), (-0.1, math.exp(0.1)), (-2.0, 2.0)])
+@pytest.mark.parametrize(
+    "bias, weight",
+    [
+        pytest.param(0.0, 1.0, marks=pytest.mark.slow),
+        (-0.1, math.exp(0.1)),
+        pytest.param(-2.0, 2.0, marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_of_another_engine_are_weighted(tmp_path, bias, weight):
     server = fake_server(*load_model("tiny", dtype="float32"), bias)
     train_ppo(

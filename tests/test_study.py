@@ -84,7 +84,8 @@ def same_files(one, other):
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in weights)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in the default run: what workers do with small cells, and each training killed by itself
+@pytest.mark.parametrize("kills", [1, 10])
 def test_killed_it_goes_on_whatever_the_number_of_workers(finished, tmp_path, kills):
     "Killed with two workers and gone on with by two: the files that one process writes undisturbed."
     for moment in range(kills):
@@ -108,7 +109,7 @@ SMALL_WORK = """
 "A study of seven cells that are done in no time, and what can happen in one of them."
 import json, os, signal, sys, time
 from pathlib import Path
-from gp_spectral import study
+from gp_spectral import workers
 from gp_spectral.preset import Preset
 from gp_spectral.stages import Cell, Study
 
@@ -139,8 +140,10 @@ def work(self, abreast=False):
 
 
 Study.work, Study.estimate = work, lambda self: {}
-study._WORKER = "from small import study; study._work()"
+workers._WORKER = "from small import workers; workers.serve()"
 if __name__ == "__main__":
+    from gp_spectral import study
+
     whole = Study(Preset(), sys.argv[1], 1)
     study._run(whole, 2, 1, study._Progress(whole, study._say, 2))
 """
@@ -182,6 +185,7 @@ def test_a_worker_that_is_killed(small, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == list("abcdefg")
 
 
+@pytest.mark.slow
 def test_no_worker_is_left(small):
     _, errors = (process := small("all die")).communicate(timeout=300)
     assert process.returncode == 1 and "ChildProcessError: all workers have been killed" in errors
@@ -195,7 +199,14 @@ def test_an_error_in_a_worker(small, tmp_path):
     assert not alive(pid for _, pid in met(tmp_path)) and not (tmp_path / "run" / "g").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_workers_end_with_the_one_that_started_them(small, tmp_path, how):
     process = small("hangs")
     while {name for name, _ in met(tmp_path)} < {"a", "b", "c"}:
@@ -496,7 +507,7 @@ def test_as_many_workers_as_there_is_room_and_work_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(work_module, "_cores", lambda: 6)
     monkeypatch.setattr(work_module, "_memory", lambda: 64 << 30)
-    assert _how_many(study, 99, few) == 7  # a seed's RL from three starts, three twins, and recovery
+    assert _how_many(study, 99, few) == 6  # a seed's RL from three starts and three twins
     assert _how_many(study, None, few) == 6
     assert _how_many(Study(study.preset, tmp_path, 3), None, few) == 6 and _how_many(study, 1, few) == 1
     assert _how_many(Study(study.preset, tmp_path, 3), None, 1_000_000_000) == 2  # of 33 GiB each

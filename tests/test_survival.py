@@ -347,6 +347,9 @@ OTHER = [
 ]
 
 
+ONE = [pytest.param(sft_, marks=pytest.mark.slow), ppo_, pytest.param(grpo_, marks=pytest.mark.slow)]  # the rest weekly
+
+
 def unfinished(train, out):
     if train is ppo_:
         train(out, stop_after=1)
@@ -405,7 +408,7 @@ def test_killed_after_the_last_word(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
+@pytest.mark.parametrize("train", ONE)
 def test_killed_before_the_last_word(tmp_path, train):
     "The checkpoint is there and settings.json is not; there have been fewer rounds than lie between two states."
 
@@ -421,7 +424,7 @@ def test_killed_before_the_last_word(tmp_path, train):
     assert (tmp_path / "out/settings.json").exists() and not list((tmp_path / "out").glob("resume*"))
 
 
-@pytest.mark.parametrize("eval_tasks", [None, {"OOD": OOD}])
+@pytest.mark.parametrize("eval_tasks", [pytest.param(None, marks=pytest.mark.slow), {"OOD": OOD}])
 def test_grpo_killed_twice(tmp_path, eval_tasks):
     "Its log has every round once, and what it kept before the first kill is there after the second."
     from gp_spectral.grpo import GRPOConfig, _Rounds, train_grpo
@@ -462,7 +465,7 @@ with claimed(sys.argv[1]) as ours:
 """
 
 
-@pytest.mark.parametrize("train", [sft_, ppo_, grpo_])
+@pytest.mark.parametrize("train", ONE)
 def test_two_runs_do_not_write_into_one_folder(tmp_path, train):
     "The second is refused, before it has written anything; when the first has been killed, the folder is free."
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
