@@ -29,13 +29,23 @@ class Command(NamedTuple):
     goes_on: bool = False  # whether the same command goes on where it was stopped
 
 # %% ../nbs/08_cli.ipynb #645bbc3a
-_TRAINING = {
+_STUDIES = {
     "study": Command(
         "study",
         "run every stage, from the base model to a report with a verdict on every claim",
         ("study", "study --set sft_steps=480 --out longer", "study --rl grpo", "study --preset smollm2 --seeds 1"),
         goes_on=True,
     ),
+    "map": Command(
+        "healing",
+        "RL and its twins from many points of SFT, on several bases: where does it heal, and where not",
+        ("map", "map --vary sft_lr=2e-4,5e-4 --seeds 2 --out maps"),
+        goes_on=True,
+    ),
+}
+
+# %% ../nbs/08_cli.ipynb #be8aab10
+_TRAINING = {
     "sft": Command(
         "study",
         "supervised fine-tuning on the ID rule",
@@ -99,7 +109,7 @@ _REPAIR = {
         goes_on=True,
     ),
 }
-COMMANDS = _TRAINING | _SPECTRAL | _REPAIR
+COMMANDS = _STUDIES | _TRAINING | _SPECTRAL | _REPAIR
 
 # %% ../nbs/08_cli.ipynb #f0e7d6a4
 def functions_of(

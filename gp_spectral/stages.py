@@ -6,8 +6,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/stages.html.md"""
 
 # %% auto #0
 __all__ = ['NAMES', 'GATE', 'SAMPLES', 'HANDS', 'PAIRS', 'versions', 'in_one_process', 'stage', 'Cell', 'share_work', 'clock',
-           'BothRules', 'ManyRules', 'Unseen', 'Study', 'no_signal', 'answer_loss', 'loss_curve', 'recovery_plan',
-           'edit_name']
+           'BothRules', 'ManyRules', 'Unseen', 'Study', 'trained_in', 'no_signal', 'answer_loss', 'answer_divergence',
+           'answered', 'loss_curve', 'recovery_plan', 'edit_name']
 
 # %% ../nbs/06a_stages.ipynb #57bc10b3
 import json
@@ -382,13 +382,16 @@ def twin_folder(
     self: Study,
     seed: int,  # which repetition
     twin: str,  # 'constant', 'worked' or 'rft'
+    step: int | None = None,  # of SFT, from which it starts; None: SFT_End
 ) -> Path:
     "The stage of one of RL's twins."
-    return self.folder(seed) / f"twin-{twin}"
+    return self.folder(seed) / (f"twin-{twin}" if step is None else f"twin-{twin}-{step:05d}")
 
 # %% ../nbs/06a_stages.ipynb #5f1846a5
-def _trained(folder):
-    "What a training has made: its checkpoint, or the last of its steps."
+def trained_in(
+    folder: Path,  # of a training
+) -> Path:
+    "The checkpoint that a training has made: `checkpoint`, or the last of its steps."
     return max(folder.glob("step-*"), default=folder / "checkpoint")
 
 
@@ -410,7 +413,7 @@ def checkpoints(
         if step != end:
             named[f"sft_{step}"] = self.sft_step(seed, step)
         named["rl" if step == end else f"rl_{step}"] = self.rl_folder(seed, step) / "checkpoint"
-    return named | {twin: _trained(self.twin_folder(seed, twin)) for twin in self.twins}
+    return named | {twin: trained_in(self.twin_folder(seed, twin)) for twin in self.twins}
 
 # %% ../nbs/06a_stages.ipynb #4dcddc5c
 @patch
@@ -430,15 +433,16 @@ def check(self: Study):
 _TAUGHT = ("precision", "gradient_checkpointing")  # all weights are taught, in float32
 
 
-def _depends(
-    study,
+@patch
+def depends(
+    self: Study,
     *beginnings,  # of the names of settings
     model=SHARED,  # settings of the model
     **more,  # what is no setting: seed, step
-):
+) -> dict:  # {setting: value}
     "What a stage depends on: the game, the model, and the settings whose names begin so."
     always = {*model, *(s.name for s in fields(Game))}
-    return {k: v for k, v in asdict(study.preset).items() if k.startswith(beginnings) or k in always} | more
+    return {k: v for k, v in asdict(self.preset).items() if k.startswith(beginnings) or k in always} | more
 
 # %% ../nbs/06a_stages.ipynb #76ca94a2
 @patch
@@ -546,7 +550,7 @@ def teach(
     def make(part):
         train_sft(model, part, task, self.tasks, config, progress=self.progress)
 
-    asked = _depends(self, "teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TAUGHT)
+    asked = self.depends("teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TAUGHT)
     stage(_of_base(self, "taught", number), asked, [resolve(model)], make)
     return self.base(number)
 
@@ -558,14 +562,14 @@ def sft(
 ) -> Path:
     "The stage of SFT."
     base = self.teach(self.number(seed))
-    asked = _depends(self, "sft", "curve", seed=seed, steps=self.starts)
+    asked = self.depends("sft", "curve", seed=seed, steps=self.starts)
     return stage(self.folder(seed) / "sft", asked, [base], lambda part: self.sft_from(base, part, seed))
 
 # %% ../nbs/06a_stages.ipynb #5dbdac30
 def _of_rl(study, seed, **more):
     "What a stage of RL, or of a twin, depends on."
     p = study.preset
-    asked = _depends(study, "ppo", "curve", *(() if p.rl in ("ppo", "rft") else ("grpo",)), seed=seed, **more)
+    asked = study.depends("ppo", "curve", *(() if p.rl in ("ppo", "rft") else ("grpo",)), seed=seed, **more)
     for key in ("ppo_starts", "ppo_save_every", "ppo_vllm"):
         del asked[key]  # neither the other starts, nor how often it is kept, nor the server's address
     return asked | dict(rl_hands=p.rl_hands, rl_splits=p.rl_splits)
@@ -587,12 +591,15 @@ def twin(
     self: Study,
     seed: int,  # which repetition
     twin: str,  # 'constant', 'worked' or 'rft'
+    step: int | None = None,  # of SFT, from which it starts; None: SFT_End
 ) -> Path:
     "The stage of one of RL's twins."
-    start, asked = self.sft_step(seed, self.preset.sft_steps), _of_rl(self, seed, twin=twin)
+    start = self.sft_step(seed, self.preset.sft_steps if step is None else step)
+    asked = _of_rl(self, seed, twin=twin, **({} if step is None else dict(step=step)))
     if twin == "worked":
         asked |= dict(sft_lr=self.preset.sft_lr, sft_batch=self.preset.sft_batch)
-    return stage(self.twin_folder(seed, twin), asked, [start], lambda part: self.twin_from(start, part, seed, twin))
+    make = lambda part: self.twin_from(start, part, seed, twin)
+    return stage(self.twin_folder(seed, twin, step), asked, [start], make)
 
 # %% ../nbs/06a_stages.ipynb #4652b042
 def _write(path, table):
@@ -614,17 +621,21 @@ def problems(
     return self.tasks[rule].problems("test", self.preset.test_problems, 0, even=True)[:n]
 
 
-def _ways(study, name):
-    "(table, number of problems, how `evaluate` asks them) for a checkpoint."
-    p, tried = study.preset, name in _SEVERAL and study.preset.test_attempts > 1
+@patch
+def ways(
+    self: Study,
+    name: str,  # of a checkpoint
+) -> Iterable:  # of (table, number of problems, how `evaluate` asks them)
+    "How a checkpoint is asked."
+    p, tried = self.preset, name in _SEVERAL and self.preset.test_attempts > 1
     yield "evaluations", p.test_problems, dict(attempts=1)
     if tried:
         yield "evaluations", p.retry_problems, dict(attempts=p.test_attempts)
-    if name in (*_SEVERAL, *study.twins):
+    if name in (*_SEVERAL, *self.twins):
         yield "forced", p.forced_problems, dict(attempts=1, forced=True)
         yield "sampled", p.sampled_problems, dict(attempts=1, temperature=1.0, samples=SAMPLES)
 
-# %% ../nbs/06a_stages.ipynb #cab46be8
+# %% ../nbs/06a_stages.ipynb #b7c4d9e1
 HANDS = 25  # problems of each rule of which the answers themselves are kept
 
 
@@ -636,14 +647,19 @@ def _words(task, episodes, **who):
             told = dict(words=turn.feedback.message, solved=turn.feedback.solved)
             yield about | dict(attempt=attempt, answer=turn.text) | told
 
-# %% ../nbs/06a_stages.ipynb #3bcd3d94
-def _ask(study, path, name):
-    "{table: rows} of a checkpoint under both rules; `allowed` says how many attempts it had."
-    loaded, tables = load_model(path, study.preset.dtype), {}
-    for rule, task in study.tasks.items():
-        for table, n, how in _ways(study, name):
-            told = dict(problems=study.problems(rule, n), name=name, share=True, keep=[])
-            rows = evaluate(loaded, task, "test", progress=study.progress and f"{name} {rule}", **told, **how)
+# %% ../nbs/06a_stages.ipynb #cab46be8
+@patch
+def ask(
+    self: Study,
+    path: str | Path,  # a checkpoint
+    name: str,  # its name in the tables
+) -> dict:  # {table: rows}
+    "The answers of a checkpoint under both rules; `allowed` says how many attempts it had."
+    loaded, tables = load_model(path, self.preset.dtype), {}
+    for rule, task in self.tasks.items():
+        for table, n, how in self.ways(name):
+            told = dict(problems=self.problems(rule, n), name=name, share=True, keep=[])
+            rows = evaluate(loaded, task, "test", progress=self.progress and f"{name} {rule}", **told, **how)
             tables.setdefault(table, []).append(rows.assign(rule=rule, allowed=how["attempts"]))
             if table == "evaluations":
                 words = _words(task, told["keep"][0], checkpoint=name, rule=rule, allowed=how["attempts"])
@@ -660,6 +676,16 @@ def _padded(rows, pad):
     return ids, (torch.arange(width) < lengths).long(), labels
 
 
+def _answer_batches(model, tokenizer, task, problems, batch):
+    "(ids, mask, labels), each (rows, longest), on the model's device, of (problem, right answer)s; see `_padded`."
+    end = [next(i for i in (turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)]
+    rows = [
+        (prompt_ids(tokenizer, task, p), tokenizer(a, add_special_tokens=False).input_ids + end) for p, a in problems
+    ]
+    for i in range(0, len(rows), batch):
+        yield [x.to(model.device) for x in _padded(rows[i : i + batch], tokenizer.pad_token_id)]
+
+# %% ../nbs/06a_stages.ipynb #e370c369
 def answer_loss(
     model,  # a language model
     tokenizer,  # its tokenizer
@@ -669,22 +695,41 @@ def answer_loss(
 ) -> float:  # nats per token
     "Mean cross-entropy of right answers; the prompt does not count, the end token does."
     total, tokens = 0.0, 0
-    end = [next(i for i in (turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)]
-    rows = [
-        (prompt_ids(tokenizer, task, p), tokenizer(a, add_special_tokens=False).input_ids + end) for p, a in problems
-    ]
-    for some in (rows[i : i + batch] for i in range(0, len(rows), batch)):
-        ids, mask, labels = (x.to(model.device) for x in _padded(some, tokenizer.pad_token_id))
+    for ids, mask, labels in _answer_batches(model, tokenizer, task, problems, batch):
         with inference(model):
             logits = model(input_ids=ids, attention_mask=mask).logits
         wanted = labels[:, 1:].flatten()
         total += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, reduction="sum").item()
-        tokens += sum(len(answer) for _, answer in some)
+        tokens += (wanted != -100).sum().item()
+    return total / tokens
+
+# %% ../nbs/06a_stages.ipynb #ab76c03f
+def answer_divergence(
+    model,  # a language model
+    other,  # what became of it
+    tokenizer,  # of both
+    task,  # the game under one rule
+    problems: list,  # of (problem, right answer)
+    batch: int = 64,  # answers per forward pass
+) -> float:  # nats per token
+    "Mean KL(model ‖ other) of the next token along right answers."
+    total, tokens = 0.0, 0
+    for ids, mask, labels in _answer_batches(model, tokenizer, task, problems, batch):
+        told, counts = [], labels[:, 1:] != -100
+        for m in (model, other):
+            with inference(m):
+                logits = m(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            told.append(logits[counts].float().log_softmax(-1))
+        total += torch.nn.functional.kl_div(told[1], told[0], log_target=True, reduction="sum").item()
+        tokens += counts.sum().item()
     return total / tokens
 
 # %% ../nbs/06a_stages.ipynb #411b79d0
-def _answered(task, n):
-    "`n` validation problems with a right answer each; hands without one in the task's format are left out."
+def answered(
+    task,  # the game under one rule
+    n: int,  # validation problems
+) -> list:  # of (problem, right answer)
+    "Validation problems with a right answer each; hands without one in the task's format are left out."
     pairs = []
     for i, p in enumerate(task.problems("validation", n, 1)):
         try:
@@ -700,7 +745,7 @@ def loss_curve(
     n: int,  # validation problems per rule
 ) -> pd.DataFrame:  # step, rule, loss
     "The loss on right answers to validation problems under both rules, at every checkpoint of SFT."
-    asked, rows = {rule: (t, _answered(t, n)) for rule, t in tasks.items()}, []
+    asked, rows = {rule: (t, answered(t, n)) for rule, t in tasks.items()}, []
     for folder in sorted(Path(sft).glob("step-*")):
         loaded = None
         loaded = load_model(folder)  # one model at a time
@@ -726,8 +771,8 @@ def base_evaluations(
 ) -> Path:
     "The stage of a base on the test problems."
     base = self.teach(number)
-    make = lambda part: _write_all(part, [_ask(self, base, "base")])
-    return stage(_of_base(self, "base", number), _depends(self, *_ASKED), [base], make)
+    make = lambda part: _write_all(part, [self.ask(base, "base")])
+    return stage(_of_base(self, "base", number), self.depends(*_ASKED), [base], make)
 
 # %% ../nbs/06a_stages.ipynb #4dadc16d
 def _ask_each(study, named):
@@ -735,10 +780,10 @@ def _ask_each(study, named):
     known = {}
     for name, path in named.items():
         if path not in known:
-            known[path] = _ask(study, path, name)
-        known_as = {"hands", *(table for table, *_ in _ways(study, name))}
+            known[path] = study.ask(path, name)
+        known_as = {"hands", *(table for table, *_ in study.ways(name))}
         plain = {k: t for k, t in known[path].items() if k in known_as}
-        allowed = {how["attempts"] for _, _, how in _ways(study, name)}
+        allowed = {how["attempts"] for _, _, how in study.ways(name)}
         yield {k: t[t.allowed.isin(allowed)].assign(checkpoint=name) for k, t in plain.items()}
 
 # %% ../nbs/06a_stages.ipynb #a9b10ed0
@@ -758,7 +803,7 @@ def evaluations(
         losses = loss_curve(self.folder(seed) / "sft", self.tasks, self.preset.curve_problems)
         _write(part / "losses.parquet", losses.assign(seed=seed))
 
-    asked = _depends(self, *_ASKED, "curve", seed=seed)
+    asked = self.depends(*_ASKED, "curve", seed=seed)
     return stage(self.folder(seed) / "evaluations", asked, named.values(), make)
 
 # %% ../nbs/06a_stages.ipynb #875363cd
@@ -813,7 +858,7 @@ def spectra(
         comparison = compare_all(opened, pairs, band, **told)
         in_one_process(lambda: _write_spectra(opened, comparison, seed, part))
 
-    asked = _depends(self, "band", seed=seed)
+    asked = self.depends("band", seed=seed)
     return stage(self.folder(seed) / "spectra", asked, named.values(), make)
 
 # %% ../nbs/06a_stages.ipynb #c92e1216
@@ -847,11 +892,7 @@ def edit_name(
 
 # %% ../nbs/06a_stages.ipynb #2c020065
 def _edited(named, edit, seed, folder, at_once):
-    "(checkpoint, size of the edit) of one line of the plan; the two ends of the way are lines too."
-    if edit["method"] == "target":
-        return named["end"], 0.0
-    if edit["method"] == "donor":
-        return named["max_ood"], 1.0
+    "(checkpoint, size of the edit) of one line of the plan."
     kept = folder.with_name("factors")  # what is decomposed once
 
     def repair():
@@ -879,11 +920,21 @@ def _edits_kept(part):
     return [r for r in rows if _name_of(r) in done], [x for _, x in answers.groupby(["edit", "rule"], sort=False)]
 
 # %% ../nbs/06a_stages.ipynb #cda19bf2
-def _price(row, loaded, tasks, asked, seed):
-    "(rows, tables of answers) of one edited model under both rules; `row` says which edit it is."
+_ENDS = dict(target=("end", 0.0), donor=("max_ood", 1.0))  # of the way: (checkpoint, size of the edit)
+
+
+def _known(study, seed, asked):
+    "{'target', 'donor': {rule: answers}}: what the evaluations of SFT_End and SFT_MaxOOD have told already."
+    rows = pd.read_parquet(study.evaluations(seed) / "evaluations.parquet").query("allowed == 1")
+    rows = rows[rows.problem < rows.rule.map({rule: len(problems) for rule, problems in asked.items()})]
+    of = lambda name, rule: rows[(rows.checkpoint == name) & (rows.rule == rule)]
+    return {end: {rule: of(name, rule) for rule in asked} for end, (name, _) in _ENDS.items()}
+
+
+def _price(row, told, seed):
+    "(rows, tables of answers) of one edit under both rules; `row` says which, `told` is {rule: its answers}."
     rows, answers = [], []
-    for rule, task in tasks.items():
-        table = evaluate(loaded, task, problems=asked[rule], attempts=1, share=True)
+    for rule, table in told.items():
         kept = table[["problem", "hand", "solved_first"]]
         answers.append(kept.assign(edit=_name_of(row), rule=rule, seed=seed))
         rate = {("success" if k == "rate" else k): v for k, v in success_rate(table).items()}
@@ -903,16 +954,21 @@ def _price_all(study, seed, named, part):
     "All edits of the plan, one after the other; after each the tables say what is done."
     p, (rows, answers) = study.preset, _edits_kept(part)
     asked = {rule: study.problems(rule, p.recovery_problems) for rule in study.tasks}
-    done = {x.edit.iloc[0] for x in answers}
-    plan = [dict(method="target"), dict(method="donor")] + recovery_plan(p.tops, p.band)
+    done, known = {x.edit.iloc[0] for x in answers}, _known(study, seed, asked)
+    plan = [dict(method=end) for end in _ENDS] + recovery_plan(p.tops, p.band)
     for edit in tqdm(plan, desc="recovery", unit="edit", leave=False, disable=not study.progress):
         if edit_name(**edit) in done:
             continue
-        path, norm = _edited(named, edit, seed, part / "edited", study.at_once)
+        if edit["method"] in known:
+            told, norm = known[edit["method"]], _ENDS[edit["method"]][1]
+        else:
+            path, norm = _edited(named, edit, seed, part / "edited", study.at_once)
+            loaded = None
+            loaded = load_model(path)  # one model at a time
+            ask = lambda rule: evaluate(loaded, study.tasks[rule], problems=asked[rule], attempts=1, share=True)
+            told = {rule: ask(rule) for rule in study.tasks}
         row = dict(method="", top=math.nan, tail=0.0, layers="", include="") | edit | dict(edit_norm=norm)
-        loaded = None
-        loaded = load_model(path)  # one model at a time
-        new_rows, new_answers = _price(row, loaded, study.tasks, asked, seed)
+        new_rows, new_answers = _price(row, told, seed)
         rows, answers = rows + new_rows, answers + new_answers
         _write(part / "recovery.parquet", pd.DataFrame(rows))
         _write(part / "recovery_answers.parquet", pd.concat(answers, ignore_index=True))  # last: what it knows is done
@@ -933,7 +989,7 @@ def recovery(
         _write(part / "recovery.parquet", _with_recovered(rows))
 
     asked, inputs = (
-        _depends(self, "recovery", "test_problems", "tops", "band", seed=seed),
+        self.depends("recovery", "test_problems", "tops", "band", seed=seed),
         [named["end"], named["max_ood"]],
     )
     return stage(self.folder(seed) / "recovery", asked, inputs, make)
@@ -967,8 +1023,8 @@ def cells(
     work = [("sft", sft, taught, self.sft)]
     work += [(f"{self.preset.rl} {step}", f, [sft], partial(self.rl, step=step)) for step, f in rl.items()]
     work += [(f"twin {twin}", f, [sft], partial(self.twin, twin=twin)) for twin, f in twins.items()]
-    work += [("recovery", at / "recovery", [sft], self.recovery)]
     work += [("evaluations", at / "evaluations", [base, *rl.values(), *twins.values()], self.evaluations)]
+    work += [("recovery", at / "recovery", [at / "evaluations"], self.recovery)]
     work += [("spectra", at / "spectra", [end], self.spectra)]
     return [Cell(seed, what, folder, tuple(needs), partial(run, seed)) for what, folder, needs, run in work]
 

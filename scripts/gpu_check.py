@@ -19,7 +19,7 @@ Each part runs in a process of its own and within its share of --minutes, prints
 killed when its time is up; what it had finished stays in DIR and counts.
 
 Without a network the machine needs a PyTorch with CUDA, transformers, accelerate, peft, pandas and pyarrow; --pack
-brings the rest (trl, datasets, small pure wheels, and the file of SmolLM2, with checksums). --unpack installs the
+brings the rest (trl, datasets, what draws pages, and the file of SmolLM2, with checksums). --unpack installs the
 wheels beside the folder, in DIR/site, and says which PYTHONPATH and GP_SPECTRAL_MODELS to set. Pieces may arrive in
 several journeys: --unpack takes what is there and says what is missing.
 """
@@ -50,6 +50,14 @@ WHEELS = (
     "filelock",
     "tqdm",
     "seaborn",
+    "altair",
+    "narwhals",
+    "jsonschema",
+    "jsonschema-specifications",
+    "referencing",
+    "rpds-py",
+    "attrs",
+    "vl-convert-python",
 )  # what an image with PyTorch seldom has
 
 

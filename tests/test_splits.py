@@ -206,7 +206,7 @@ BUGS = {
     ),
     "losses are of the test": (
         stages,
-        "_answered",
+        "answered",
         "problems('validation'",
         "problems('test'",
         ("sft", "rl", "constant", "worked", "rft", "evaluations"),
