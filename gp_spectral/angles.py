@@ -671,9 +671,9 @@ def _finish(job, results, count, outside):
     profiles = _curves(of(3), ("base", "other", "matrix", "side", "band"), "place", "angle")
     tables = Comparison(pd.DataFrame(of(0)), pd.DataFrame(of(1)), *outside(), spectrum, profiles)
     if job is not None:
-        for name, table in tables._asdict().items():
+        for name in (*_FOR_PAGES, *_NEEDED):  # where the last of them are, all are
             with atomic(job.folder / f"{name}.parquet") as part:
-                table.to_parquet(part)
+                getattr(tables, name).to_parquet(part)
         job.finish()
     return tables
 
