@@ -17,9 +17,10 @@ import pandas as pd
 from fastcore.basics import patch
 from transformers import TrainerCallback
 
-from .angles import BAND_COLORS, band_angles, delta_energy
+from .angles import band_angles, delta_energy
 from .checkpoint import Matrix, as_checkpoint
 from .folders import atomic
+from .page import BAND_COLORS
 from .svd import change_row, effective_rank, factorize
 
 # %% ../nbs/04a_callback.ipynb #aab2f809

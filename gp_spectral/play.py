@@ -450,17 +450,18 @@ def evaluate(
     forced: bool = False,  # begin the first answer as the task's `forced` says: with the rule read as told
     temperature: float = 0.0,  # of sampling; 0 is greedy
     samples: int = 1,  # how often each problem is played, with a temperature
+    keep: list | None = None,  # takes the episodes, a list of them for each sample
 ) -> pd.DataFrame:  # checkpoint, rule, split, seed, problem, hand, attempts, solved, …, error, read, fault, sample
     "Success on problems of a split, a row per problem and sample; a `TypeError` says what a model or task must be."
     begin = _beginning(task, forced, temperature, samples)
-    loaded = open_model(model, tokenizer)
+    loaded, played = open_model(model, tokenizer), [] if keep is None else keep
     problems = task.problems(split, n, seed, **dict(even=True) if even else {}) if problems is None else problems
     how = dict(batch_size=batch_size, progress=progress, share=share, begin=begin)
     called = name or (str(model) if isinstance(model, (str, os.PathLike)) else "")
     about, rows = dict(checkpoint=called, rule=getattr(task, "rule", type(task).__name__), split=split, seed=seed), []
     for sample in range(samples):
-        episodes = play(*loaded, task, problems, attempts, temperature, seed=(seed, sample), **how)
-        rows += [about | _result(task, i, e) | dict(sample=sample) for i, e in enumerate(episodes)]
+        played.append(play(*loaded, task, problems, attempts, temperature, seed=(seed, sample), **how))
+        rows += [about | _result(task, i, e) | dict(sample=sample) for i, e in enumerate(played[-1])]
     return pd.DataFrame(rows).astype(dict(read="boolean") if rows else {})
 
 # %% ../nbs/00e_play.ipynb #9502b119

@@ -467,7 +467,7 @@ def test_towers_are_rows_of_their_own(pair, tmp_path, capsys):
     assert cli.main(["compare", str(a), str(b), "--out", str(tmp_path / "o"), "--cache", "none"]) == 0
     names = {f"{x}-{stack}.png" for x in ("a-b", "angles") for stack in ("main", "vision_tower")}
     assert {p.name for p in (tmp_path / "o").glob("*.png")} == names
-    assert "vision_tower q_proj" in (tmp_path / "o" / "report.html").read_text()
+    assert '"sort": ["main", "vision_tower"]' in (tmp_path / "o" / "report.html").read_text()  # a map each
 
 
 def test_other_maps_on_the_same_subspaces(pair, tmp_path, capsys):

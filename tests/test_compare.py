@@ -518,7 +518,9 @@ def trio(tmp_path_factory):
     return [str(write(d / n, changed(w, size, seed=size))) for n, size in (("base", 0), ("sft", 1), ("rl", 2))]
 
 
-WRITTEN = ["angles.parquet", "changes.parquet", "parts.parquet", "plan.json", "rows.parquet"]
+WRITTEN = (
+    "angles.parquet changes.parquet parts.parquet plan.json profiles.parquet rows.parquet spectrum.parquet".split()
+)
 
 
 def same(a, b):

@@ -2,7 +2,6 @@
 
 import html
 import re
-from types import SimpleNamespace
 import jinja2
 import numpy as np
 import pandas as pd
@@ -328,8 +327,19 @@ def made_page(preset=Preset(), command=HOSTILE, note=""):
         claims=claims(tables, end=20, band=0.2).assign(note=note),
         times=pd.DataFrame(dict(seed=[0, 0], stage=[note or "sft", "ppo"], seconds=[30.0, 6000.0])),
     )
-    study = SimpleNamespace(preset=preset, seeds=list(range(6)))
-    return tables, report._page(study, tables, [(HOSTILE, HOSTILE, b"\x89PNG")], command)
+    about = dict(layer=0, kind=HOSTILE, floor=0.0, isotropic=0.1, random_mean=1.0, verdict="rotated")
+    drawn = dict(
+        angles=tables["angles"].assign(**about),
+        sigma=tables["sigma"].assign(weight_change=0.01, mean_abs_change=0.01),
+        sft_curve=tables["sft_curve"].assign(wrong_rule=0.1),
+    )
+    return tables, report._page(preset, tables | drawn, [(HOSTILE, HOSTILE, b"\x89PNG")], command)
+
+
+def without_scripts(page):
+    "The page's own words: without the drawing library, and without the few lines that use it."
+    assert re.findall(r"<script>(.)", page, re.S)  # there are some
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.S)
 
 
 def test_whatever_is_typed_is_shown_and_not_run():
@@ -338,7 +348,7 @@ def test_whatever_is_typed_is_shown_and_not_run():
     for key in ("note", "model", "id_rule", "ood_rule", "target", "rl"):
         object.__setattr__(preset, key, HOSTILE)  # past what a preset itself would refuse
     _, page = made_page(preset, note=HOSTILE)
-    assert "<script" not in page
+    assert "<script" not in without_scripts(page) and "<script>alert" not in page
     assert html.unescape(re.findall(r"<code>(.*?)</code>", page)[0]) == HOSTILE
     assert html.unescape(re.findall(r'<img alt="(.*?)"', page)[0]) == HOSTILE
     assert html.unescape(re.findall(r"<strong>(.*?)</strong>", page, re.S)[0]) == HOSTILE
@@ -346,20 +356,37 @@ def test_whatever_is_typed_is_shown_and_not_run():
 
 def test_the_page_shows_every_row():
     tables, page = made_page()
+    page = without_scripts(page)
     cells = [html.unescape(x) for x in re.findall(r"<td.*?>(.*?)</td>", page)]
     rows = [*claims_rows(tables["claims"]), *success_rows(tables)]
-    assert cells == [cell for row in rows for cell in row]
-    assert [html.unescape(x) for x in re.findall(r"<th>(.*?)</th>", page)] == CLAIMS_HEAD + report.SUCCESS_HEAD
-    colours = re.findall(r'<td class="(\w+)">(.*?)</td>', page)
+    most = page[page.index("Turned most") : page.index("Test success in numbers")].count("<td")  # see test_page
+    shown = cells[: 7 * len(tables["claims"])] + cells[7 * len(tables["claims"]) + most :]
+    assert shown == [cell for row in rows for cell in row]
+    heads = [html.unescape(x) for x in re.findall(r"<th>(.*?)</th>", page)]
+    assert (
+        heads[: 7 * len(CLAIMS_HEAD)] == 7 * CLAIMS_HEAD and heads[-len(report.SUCCESS_HEAD) :] == report.SUCCESS_HEAD
+    )
+    colours = re.findall(r'<td data-head="verdict" class="(\w+)">(.*?)</td>', page)
     wanted = {"reproduced": "reproduced", "not": "not reproduced", "undecided": "undecided", "untested": "untested"}
-    assert {c: t for c, t in colours if c != "number"}.items() <= wanted.items()
+    assert len(colours) == len(tables["claims"]) and set(colours) <= set(wanted.items())
+    primary = tables["claims"].query("primary").set_index("claim").verdict
+    assert re.findall(r'<span class="said \w+">(.*?)</span><b>(C\d)', page) == [(v, c) for c, v in primary.items()]
     assert "ppo 1.7 h, sft 30 s; in all 1.7 h" in re.sub(r"\s+", " ", page)
+
+
+def test_a_letter_has_a_name_and_the_papers_words():
+    "No page says C3 without saying what C3 is."
+    _, page = made_page()
+    for letter, claim in report.CLAIMS.items():
+        assert f"<b>{letter}, {claim.name}.</b> {html.escape(claim.words)}" in page and f"({claim.where})" in page
+    assert set(re.findall(r"\bC\d\b", without_scripts(page))) == set(report.CLAIMS)
 
 
 def test_the_page_needs_no_network():
     _, page = made_page(command="gp-spectral study")
-    assert "://" not in page and "href" not in page and "<script" not in page and "<link" not in page
-    assert page.count("<table>") == page.count("</table>") == 2
+    words = without_scripts(page)  # Vega names its schemas by addresses; see test_page
+    assert "://" not in words and "href" not in words and "<script" not in words and "<link" not in words
+    assert words.count("<table") == words.count("</table>") == 9  # a claim each, what turned most, success
 
 
 def test_a_name_that_nobody_gives_is_an_error():
@@ -373,11 +400,18 @@ def test_five_sentences_say_what_the_rows_say():
     sft, rl, repair, which, spectra = of(with_twins(dict(constant=0.2), made_up(PAPER, EDITS)))
     assert "from 30 to 20 % under the other rule" in sft or "% under the other rule: -" in sft
     assert "more than half of what SFT had taken" in rl and "RL on a constant reward 2" in rl
-    assert "more than plain interpolation that keeps" in repair and "reproduced: C1, C2, C3, C4, C5, C6" in which
+    assert (
+        "more than plain interpolation that keeps" in repair
+        and "reproduced: the peak (C1), RL heals (C2), the start matters (C3), directions" in which
+    )
     assert "times as far as noise" in spectra and "most of all" in spectra
     worse = EDITS | {"anchored 20%": (0.2, 0.45)}
     _, rl, repair, which, _ = of(made_up(CONTRARY, worse))
-    assert "less than half" in rl and "gives back more" in repair and "not reproduced: C1, C2, C3" in which
+    assert (
+        "less than half" in rl
+        and "gives back more" in repair
+        and "not reproduced: the peak (C1), RL heals (C2), the start" in which
+    )
     shut = with_twins({}, made_up(PAPER, EDITS))
     closed = shut["gate"].assign(success=0.01)
     assert of(shut | dict(gate=closed))[1].startswith("RL had no signal: from step 20: 1 % of the first round")
