@@ -36,13 +36,11 @@ LIST = re.compile(r"^(?!\s|[-*+|>#]|\d+\.)(.+)\n(?=(?:[-*+]|1\.) )", re.M)  # ri
 SIGNS = [(0x20, 0x7F), (0xA0, 0x100), (0x300, 0x400), (0x2010, 0x2300), (0x1D434, 0x1D468), (0x1D6A8, 0x1D71C)]
 NAME = re.compile(r"^### ([\w.]+)$", re.M)  # the heading that `show_doc` writes
 DROPPED = "](\0)"  # the end of a link that leads nowhere
-EXAMPLE = """# A comparison to click on
+FRAME = """# {title}
 
-This is what `gp-spectral compare` writes, here for a small pair: the model that comes with the package, and the same
-model after a few seconds of fine-tuning. A click on a square shows that matrix. [The page](example/report.html) is
-one file, which can be passed on.
+{text} A click shows more. [The page](pages/{name}.html) is one file, which can be passed on.
 
-<iframe class="page" src="example/report.html" title="A comparison to click on"></iframe>
+<iframe class="page" src="pages/{name}.html" title="{title}"></iframe>
 """
 
 
@@ -173,13 +171,61 @@ def font(file):
     subset.save_font(whole, file, options)
 
 
-def example(file):
-    "Writes the page of a small comparison."
+def comparison(notebooks):
+    "The page of a small comparison."
     from example_pair import make_pair
     from gp_spectral.angles import compare_all
     from gp_spectral.page import write_page
 
-    write_page(compare_all(make_pair(), progress=False), file)
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work) / "report.html"
+        write_page(compare_all(make_pair(), progress=False), file)
+        return file.read_text(encoding="utf-8")
+
+
+def rule_study(notebooks):
+    "The page of the reference study, from its tables."
+    from gp_spectral.report import page_of
+
+    return page_of(notebooks / "studies" / "rule")
+
+
+def healing_map(notebooks):
+    "The page of the map of healing, from its tables."
+    import pandas as pd
+    from gp_spectral.healing import map_page
+
+    return map_page({name: pd.read_parquet(notebooks / f"studies/healing/{name}.parquet") for name in NEEDED})
+
+
+NEEDED = ("points", "findings")
+PAGES = {  # to click on: title, what it is, what makes it
+    "example": (
+        "A comparison to click on",
+        "This is what `gp-spectral compare` writes, here for a small pair: the model that comes with the package, and "
+        "the same model after a few seconds of fine-tuning.",
+        comparison,
+    ),
+    "rule-study": (
+        "The rule study to click on",
+        "This is what `gp-spectral study` writes, here from the tables of [the rule study](studies/rule.md).",
+        rule_study,
+    ),
+    "healing-map": (
+        "The map of healing to click on",
+        "This is what `gp-spectral map` writes, here from the tables of [the map](studies/healing.md).",
+        healing_map,
+    ),
+}
+
+
+def write_pages(notebooks, pages):
+    "Writes the pages to click on, and a page of the site around each; their names."
+    (pages / "pages").mkdir()
+    for name, (title, text, make) in PAGES.items():
+        (pages / "pages" / f"{name}.html").write_text(make(notebooks), encoding="utf-8")
+        (pages / f"{name}.md").write_text(FRAME.format(title=title, text=text, name=name), encoding="utf-8")
+    return [f"{name}.md" for name in PAGES]
 
 
 def palette(preferred, scheme, other, icon):
@@ -236,11 +282,9 @@ def build(
             file = pages / png.relative_to(config.nbs_path)
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(png, file)
-        (pages / "example").mkdir()
-        example(pages / "example" / "report.html")
-        (pages / "example.md").write_text(EXAMPLE, encoding="utf-8")
+        clickable = write_pages(config.nbs_path, pages)
         sidebar = yaml.safe_load((config.nbs_path / "sidebar.yml").read_text(encoding="utf-8"))
-        told = settings(config, site.navigation(sidebar["website"]["sidebar"]["contents"]) + ["example.md"])
+        told = settings(config, site.navigation(sidebar["website"]["sidebar"]["contents"]) + clickable)
         (Path(work) / "mkdocs.yml").write_text(json.dumps(told), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=work, check=True)
         shutil.rmtree(out, ignore_errors=True)

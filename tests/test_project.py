@@ -158,6 +158,11 @@ def test_import_is_light(module):
     assert loaded(f"import {module}") & HEAVY == set()
 
 
+def test_comparing_and_working_load_no_drawing_library():
+    "Altair takes seconds where Jupyter is installed, and every worker of a study would wait for it."
+    assert not {"altair.vegalite", "jsonschema"} & loaded("import gp_spectral.angles, gp_spectral.workers")
+
+
 HELP = """
 from gp_spectral.cli import main
 try: main(["--help"])

@@ -167,7 +167,7 @@ def test_links_lead_somewhere_in_jupyter(notebook):
 
 def pages_of(site):
     "All but the one for lost readers, and the one that is shown inside another."
-    return [f for f in sorted(site.rglob("*.html")) if f.name != "404.html" and f.parent.name != "example"]
+    return [f for f in sorted(site.rglob("*.html")) if f.name != "404.html" and f.parent.name != "pages"]
 
 
 @pytest.mark.parametrize("file", [page_of(p) for p in NOTEBOOKS], ids=NAMES)
