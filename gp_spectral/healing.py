@@ -383,34 +383,33 @@ def _beside(rows, picked):
     long["term"] = long.term.map(_TERMS)
     base = alt.Chart(long).transform_filter(picked)
     y = alt.Y("training:N", title=None, sort=list(_TRAININGS.values()))
-    axis = alt.Axis(title="points of OOD success given back")
-    dots = base.mark_point(filled=True, size=70, color="#0072B2").encode(x=alt.X("points:Q", axis=axis), y=y)
-    bars = base.mark_rule(color="#0072B2").encode(x=alt.X("low:Q", axis=axis), x2="high:Q", y=y)
+    x = lambda column: alt.X(column, title="points of OOD success given back")
+    dots = base.mark_point(filled=True, size=70, color="#0072B2").encode(x=x("points:Q"), y=y)
+    bars = base.mark_rule(color="#0072B2").encode(x=x("low:Q"), x2="high:Q", y=y)
     zero = base.mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
-    return (
-        alt.layer(zero, bars, dots, data=long)
-        .properties(width=170, height=90)
-        .facet(column=alt.Column("term:N", title=None, sort=list(_TERMS.values())))
+    row = alt.Row(
+        "term:N", title=None, sort=list(_TERMS.values()), header=alt.Header(orient="top", labelAnchor="start")
     )
+    return alt.layer(zero, bars, dots, data=long).properties(width=170, height=50).facet(row=row, spacing=4)
 
 # %% ../nbs/06d_healing.ipynb #70fba10a
 def healing_chart(
     table: pd.DataFrame,  # of `points`
-) -> alt.VConcatChart:  # also a widget in a notebook
-    "The map of healing: what was lost, what is still read, the class, and the terms at the point that is clicked."
+) -> alt.ConcatChart:  # also a widget in a notebook
+    "The map of healing: what was lost, the class, and what RL and its twins gave back at the point that is clicked."
     rows = _labelled(table)
     rl = rows[rows.training == _TRAININGS["rl"]]
     order = list(_bases_in_order(rl))
     most = rl.loc[rl.reading.abs().idxmax()]
     picked = alt.selection_point(fields=["base", "start"], value=[dict(base=most.base, start=int(most.start))])
-    shade = lambda column, title: alt.Color(f"{column}:Q", title=title, scale=alt.Scale(scheme="oranges"))
+    below = dict(orient="bottom", title=None)
+    lost = alt.Color("lost:Q", scale=alt.Scale(scheme="oranges"), legend=alt.Legend(**below, gradientLength=220))
     colours = alt.Scale(domain=list(CLASSES), range=list(CLASSES.values()))
-    classes = alt.Color("class:N", title="RL", scale=colours)
-    maps = [(shade("lost", "points"), "OOD success that SFT has taken"), (classes, "what RL does there")]
+    classes = alt.Color("class:N", scale=colours, legend=alt.Legend(**below, columns=3, symbolStrokeColor="#ccc"))
+    maps = [(lost, "OOD success that SFT has taken, points"), (classes, "what RL does there")]
     first, second = (_squares(rl, order, picked, colour, title) for colour, title in maps)
-    return alt.vconcat(
-        alt.hconcat(first.add_params(picked), second).resolve_scale(color="independent"), _beside(rows, picked)
-    )
+    panels = (first.add_params(picked), second, _beside(rows, picked))
+    return alt.concat(*panels, columns=3, usermeta=dict(panel=320)).resolve_scale(color="independent")
 
 # %% ../nbs/06d_healing.ipynb #7dee1952
 def _fill(ax, values, texts, colours, title):
@@ -446,9 +445,9 @@ def plot_points(
 # %% ../nbs/06d_healing.ipynb #09b92fb2
 def _finding(row):
     "A finding as a row of text."
-    scale, unit = (100, " points") if row.unit == "points" else (1, "")
-    span = f"{scale * row.low:+.3g} … {scale * row.high:+.3g}" if np.isfinite(row.low) else "no interval"
-    return row.question, row.answer, f"{scale * row.estimate:+.3g}{unit}", span, row.n
+    text = (lambda x: f"{100 * x:+.1f}") if row.unit == "points" else (lambda x: f"{x:+.2f}")
+    span = f"{text(row.low)} … {text(row.high)}" if np.isfinite(row.low) else "no interval"
+    return row.question, row.answer, f"{text(row.estimate)} {row.unit}", span, row.n
 
 
 def map_page(
