@@ -137,9 +137,9 @@ def _shards(index):
     if odd is not None:
         raise CheckpointError(f"{index} names no file for {odd}, but {where[odd]!r}: save the checkpoint again")
     for shard in sorted(set(where.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names {shard!r}, which is not a file of its own folder")
-        if not (folder / shard).is_file():
+        if Path(shard).name != shard or len(shard) > 255:
+            raise CheckpointError(f"{index} names {shard[:255]!r}, which is not a file of its own folder")
+        if not os.path.isfile(folder / shard):
             raise CheckpointError(
                 f"{index.name} names {shard}, but {folder} does not hold it: download the missing shard"
             )

@@ -15,10 +15,24 @@ COMMANDS = {
     "recover": ["recover", "bad", "--donor", "base", "--out", "out"],
     "recover, the donor": ["recover", "base", "--donor", "bad", "--out", "out"],
     "spectrum": ["spectrum", "bad", "--table", "out"],
-    "drift": ["drift", "base", "bad", "--prompts", "prompts.txt", "--table", "out"],
+    "drift": ["drift", "bad", "base", "--prompts", "prompts.txt", "--table", "out"],
 }
-# what a command does not look at cannot trouble it; compare counts a norm that is not finite among what it left out
+# What a command does not look at cannot trouble it. compare counts a norm that is not finite among what it left out;
+# recover tells of a matrix that only the donor has, or only the target has as one, in a note, and repairs the others.
 UNSEEN = {("spectrum", "infinity in a norm"), ("compare", "infinity in a norm")}
+UNSEEN |= {("spectrum", f"a matrix {x}") for x in ("is missing", "that is a vector")}
+UNSEEN |= {("recover", f"a matrix {x}") for x in ("without rows", "is missing", "that is a vector")}
+# a model is loaded to see its drift, which takes its time: most kinds are tried with --slow
+LOADED = {"cut in the tensors", "header of brackets", "nan in a matrix", "a pickle instead", "a shard is missing"}
+LOADED |= {"a config of brackets", "a link to itself", "an adapter over itself", "an adapter of rank nought"}
+
+
+def cases():
+    for command in COMMANDS:
+        for name in KINDS:
+            slow = command == "drift" and name not in LOADED
+            if (command, name) not in UNSEEN:
+                yield pytest.param(command, name, marks=pytest.mark.slow if slow else ())
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +65,8 @@ def test_what_is_not_damaged_is_read(command, of, room, monkeypatch, capsys):
         shutil.rmtree(room / "bad")
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command, name", cases())
 def test_a_corrupt_checkpoint_is_refused(command, name, room, monkeypatch, capsys):
-    if (command, name) in UNSEEN:
-        pytest.skip("no part of what the command reads")
     damage, words, of = KINDS[name]
     monkeypatch.chdir(room)
     damage(good(room / "bad", of, room / "base"))
