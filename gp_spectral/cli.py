@@ -11,7 +11,9 @@ __all__ = ['COMMANDS', 'Command', 'functions_of', 'Help', 'parser_of', 'main_par
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from difflib import get_close_matches
@@ -187,6 +189,28 @@ def _notes():
         finally:
             warnings.formatwarning = plain
 
+# %% ../nbs/08_cli.ipynb #87fa60ca
+class _Terminated(KeyboardInterrupt):
+    "SIGTERM."
+
+
+@contextmanager
+def _stopped_by_sigterm():
+    "SIGTERM ends the block like Ctrl-C, where nobody else has said what it does."
+    mine = threading.current_thread() is threading.main_thread() and int(os.environ.get("WORLD_SIZE", 1)) < 2
+
+    def stop(*_):
+        raise _Terminated
+
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 # %% ../nbs/08_cli.ipynb #4a300451
 @contextmanager
 def for_people():
@@ -194,6 +218,7 @@ def for_people():
     with ExitStack() as stack:
         stack.enter_context(_environment(_ENVIRONMENT | ({} if sys.stderr.isatty() else _IN_A_LOG)))
         stack.enter_context(_notes())
+        stack.enter_context(_stopped_by_sigterm())
         if int(os.environ.get("RANK", 0)):
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
@@ -227,7 +252,7 @@ def _run(name, words):
 # %% ../nbs/08_cli.ipynb #0d119247
 def main(
     argv=None,  # words; default: those of the command line
-) -> int:  # to end with: 0, or what the command says; 2 for bad input, 130 when stopped
+) -> int:  # to end with: 0, or what the command says; 2 for bad input, 130 or 143 when stopped
     "The command `gp-spectral`."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
@@ -239,10 +264,10 @@ def main(
         except (ValueError, OSError, FloatingPointError) as e:
             print(f"gp-spectral {name}: {_as_options(str(e), name)}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
             on = "; the same command goes on from here" if COMMANDS[name].goes_on else ""
             print(f"\nstopped{on}", file=sys.stderr)
-            return 130
+            return 128 + (signal.SIGTERM if isinstance(e, _Terminated) else signal.SIGINT)
         _leave()
     return code
 
