@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 from . import __version__
+from .folders import is_full
 
 # %% ../nbs/08_cli.ipynb #45d2f600
 class Command(NamedTuple):
@@ -244,6 +245,11 @@ def _as_options(text, name):
     return text
 
 # %% ../nbs/08_cli.ipynb #efd57d07
+def _remedy(e):
+    "What to do about a full disk, where that is what an error comes of and it does not say so itself."
+    return "; make room, and start the same command again" if is_full(e) and "make room" not in str(e) else ""
+
+
 def _run(name, words):
     "Runs one command: the number to end with."
     args = parser_of(name).parse_args(words)
@@ -261,8 +267,10 @@ def main(
     with for_people():
         try:
             code = _run(name, words)
-        except (ValueError, OSError, FloatingPointError) as e:
-            print(f"gp-spectral {name}: {_as_options(str(e), name)}", file=sys.stderr)
+        except Exception as e:
+            if not (isinstance(e, (ValueError, OSError, FloatingPointError)) or is_full(e)):
+                raise
+            print(f"gp-spectral {name}: {_as_options(str(e), name)}{_remedy(e)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as e:
             on = "; the same command goes on from here" if COMMANDS[name].goes_on else ""

@@ -6,18 +6,22 @@ Docs: https://gp-spectral.github.io/gp_spectral/folders.html.md"""
 
 # %% auto #0
 __all__ = ['OURS', 'TINY', 'HUB_NAME', 'CheckpointError', 'unique_keys', 'read_json', 'locate', 'base_of', 'is_adapter',
-           'adapter_config', 'atomic', 'write_json', 'print_table', 'write_rows']
+           'adapter_config', 'atomic', 'write_json', 'lock_of', 'free_lock', 'alone', 'is_full', 'print_table',
+           'write_rows']
 
 # %% ../nbs/00a_folders.ipynb #336d309b
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 # %% ../nbs/00a_folders.ipynb #da8e99dd
 class CheckpointError(ValueError):
@@ -250,6 +254,68 @@ def write_json(
     text = json.dumps(value, indent=indent)
     with atomic(path, **options) as part:
         part.write_text(text)
+
+# %% ../nbs/00a_folders.ipynb #253c1226
+def lock_of(
+    folder: Path,  # need not exist
+) -> FileLock:  # not yet held
+    "The lock of a folder: beside it, or in it where nothing can be written beside it (a mounted volume)."
+    beside = os.access(folder.parent, os.W_OK) or not folder.exists()
+    return FileLock(folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock")
+
+
+def free_lock(
+    lock: FileLock,  # of `lock_of`
+    made: list = (),  # folders that were made for it, removed where they are empty
+):
+    "Removes a lock that is held, and nothing otherwise."
+    if not lock.is_locked:
+        return
+    try:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+    finally:
+        lock.release()
+    for p in made:
+        with suppress(OSError):
+            p.rmdir()  # what is not empty stays
+
+# %% ../nbs/00a_folders.ipynb #cf94c251
+@contextmanager
+def alone(
+    folder: str | os.PathLike | None,  # where is written; need not exist; None: nowhere
+    what: str,  # the word for what is written there
+):
+    "Keeps a folder for this process; a `CheckpointError` where another one is at it."
+    if folder is None:
+        yield
+        return
+    folder = Path(folder).resolve()
+    made, lock = [p for p in folder.parents if not p.exists()], lock_of(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        told = f"{folder} is being written by another {what}"
+        raise CheckpointError(f"{told}: wait until it has ended, or give another folder") from None
+    try:
+        yield
+    finally:
+        free_lock(lock, made)
+
+# %% ../nbs/00a_folders.ipynb #57359423
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
+_FULL_WORDS += ("enforce fail at inline_container", "file write failed")
+
+
+def is_full(e: BaseException | None) -> bool:
+    "Whether an error comes of a full disk, as it stands or by what it was raised from."
+    while e is not None:
+        if getattr(e, "errno", None) in _FULL or any(words in str(e) for words in _FULL_WORDS):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
 
 # %% ../nbs/00a_folders.ipynb #36d43490
 def print_table(

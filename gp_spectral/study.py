@@ -354,7 +354,8 @@ def _work():
         try:
             cell.run()
         except Exception as e:
-            tell(failed=number[cell], kind=type(e).__name__, message=str(e), trace=traceback.format_exc())
+            kind = next((k for k, known in _KNOWN.items() if isinstance(e, known)), type(e).__name__)
+            tell(failed=number[cell], kind=kind, message=str(e), trace=traceback.format_exc())
             raise SystemExit(1) from None
         tell(done=number[cell])
 
