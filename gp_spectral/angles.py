@@ -719,11 +719,12 @@ def _is_finished(folder):
     return all((folder / f"{name}.parquet").is_file() for name in Comparison._fields)
 
 
-def _read_again(out, everyone):
-    "The tables of a comparison that is finished already, with what it warned of."
-    tables = read_comparison(out)
+def _read_again(job, everyone):
+    "The tables of a comparison that is finished already, with what it warned of; parts that a kill has left go."
+    tables = read_comparison(job.folder)
     if everyone.rank == 0:
         _warn(tables)
+        job.finish()
     return tables
 
 # %% ../nbs/04_angles.ipynb #48cd21b0
@@ -754,7 +755,7 @@ def compare_all(
     with alone(out if everyone.rank == 0 else None, "comparison"):
         job, made = _begin(cs, pairs, matrices, asked, device, out, everyone)
         if job and _is_finished(job.folder):
-            return _read_again(out, everyone)
+            return _read_again(job, everyone)
         with _gone_if_hopeless(job, made and everyone.ranks == 1):
             results = _run(cs, matrices, measure, everyone, device, job, progress, workers)
         return _together(job, results, len(matrices), everyone, lambda: _all_outside(cs, pairs, matrices))

@@ -92,9 +92,10 @@ def _raw_header(path, size):
         header = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e:
         raise _damaged(path, f"its header is not JSON: {e}") from e
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not JSON with names in it")
-    return length, {k: v for k, v in header.items() if k != "__metadata__"}
+    about = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(about, dict) or not all(isinstance(x, str) for x in about.values()):
+        raise _damaged(path, "its header is not JSON of names, and of texts in __metadata__")
+    return length, header
 
 # %% ../nbs/03a_checkpoint.ipynb #67c934da
 def _entry(path, name, told, first, size):
