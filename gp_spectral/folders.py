@@ -120,7 +120,7 @@ def locate(
     name, folder = str(checkpoint), Path(checkpoint)
     if name in OURS and isinstance(checkpoint, str):
         return _named(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False for what can be no name of a file, too
         newest = None if _holds_model(folder) else _newest(folder)
         if newest:
             warnings.warn(f"{folder} is a trainer's run: its newest checkpoint is taken, {newest.name}", stacklevel=2)
@@ -138,9 +138,9 @@ def base_of(
 ):  # what `locate` is to find; None where no base is named
     "The base that an adapter names."
     named = config.get("base_model_name_or_path")
-    if not named or Path(named).is_dir():
+    if not named or os.path.isdir(named):  # False for what can be no name of a file, too
         return named or None
-    if (Path(adapter) / named).is_dir():
+    if os.path.isdir(Path(adapter) / named):
         return Path(adapter) / named
     return f"{named}@{config['revision']}" if config.get("revision") and HUB_NAME.fullmatch(named) else named
 

@@ -83,8 +83,9 @@ STEP = re.compile(r"\s*([0-9]{1,6})\s+([-+*/])\s+([0-9]{1,6})\s+=\s+\S+\s*")
 
 
 def played(text, numbers, target):
-    """Whether what the last step of a compact answer makes reaches the target with each of the numbers once; None where a
-    step is unclear. A step takes what lies on the table; a number that does not lie there is one of its own."""
+    """Whether what the last step of a compact answer makes reaches the target with each of the numbers once.
+
+    None where a step is unclear. A step takes what lies on the table; a number that does not is one of its own."""
     parts = [p for p in text[:2000].split(";")[1:] if "=" in p][:8]
     table, made = [(Fraction(n), Counter([n])) for n in numbers], None
     for part in parts:

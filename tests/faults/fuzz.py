@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import mmap
-import os
 import random
 import struct
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 MOST = 1 << 16  # bytes of an input
 HANGS = 60  # seconds without a step
 JSON_WORDS = (
-    '{} [] null true false NaN Infinity -1 0 1 1.5 1e999 9223372036854775808 "" "a" "../../x" "/etc/passwd" : , { } [ ] '
+    '{} [] null true false NaN Infinity -1 0 1 1.5 1e999 9223372036854775808 "" "a" "../../x" "/etc" : , { } [ ] '
     '"F32" "BF16" "I64" "F8_E4M3" "shape" "dtype" "data_offsets" "__metadata__" [0,0] [1,1] [-1,-1] "\\u0000" "\\ud800"'
 )
 CONFIG_WORDS = (
@@ -31,22 +30,23 @@ CONFIG_WORDS = (
 )
 ADAPTER_WORDS = (
     '"r" "lora_alpha" "rank_pattern" "alpha_pattern" "modules_to_save" "use_rslora" "bias" "peft_type" "LORA" "(.*)" '
-    '"fan_in_fan_out" "base_model_name_or_path" "q_proj" ".*q_proj" "(a+)+" "lm_head" "embed_tokens" "use_dora" "revision"'
+    '"fan_in_fan_out" "base_model_name_or_path" "q_proj" ".*q_proj" "(a+)+" "lm_head" "embed_tokens" "use_dora" '
+    '"revision" "modules_to_save" "task_type"'
 )
 WORDS = dict(
     formula="+ - * / ( ) 1 2 24 10 13 999999 1000000 × ÷ − · – [ ] 1/3 (1 \u0661 ² = . e x \u2003 \x1c",
-    answer='; = + - * / 1 2 3 4 5 6 7 8 9 10 11 12 13 24 J Q K A "formula": "number": formula: [ ] { } " \' , × \u0661 ½',
+    answer='; = + - * / 1 2 3 4 5 6 7 8 9 10 11 12 13 24 J Q K A "formula": "number": formula: [ ] { } " \' , ×',
     header=JSON_WORDS,
     index=JSON_WORDS + ' "weight_map" "model-00001-of-00002.safetensors" "config.json" ".." "." "metadata"',
     config=JSON_WORDS + " " + CONFIG_WORDS,
     adapter=JSON_WORDS + " " + ADAPTER_WORDS,
-    settings="[mine] [DEFAULT] extends = mine other model sft_steps target 10-30 24 rl ppo grpo ppo_starts 0.5 nan inf 1e9 "
-    "-1 yes no lora dtype float32 seeds tops 20% style paper compact % %( ${ # ; : \t",
+    settings="[mine] [DEFAULT] extends = mine other model sft_steps target 10-30 24 rl ppo grpo ppo_starts 0.5 nan "
+    "inf 1e9 -1 yes no lora dtype float32 seeds tops 20% style paper compact % %( ${ # ; : \t",
 )
 
 
 class Ledger:
-    "What a process has done so far, in memory that its parent sees: inputs, those accepted, failures, the input at hand."
+    "What a process has done so far, in memory that its parent sees: inputs, accepted, failed, the input at hand."
 
     def __init__(self, file):
         with open(file, "r+b") as f:

@@ -21,10 +21,6 @@ import time
 import warnings
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[variable] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import pandas as pd
 import torch
 
@@ -51,15 +47,18 @@ def pair(room):
 
 
 COMMANDS = {  # name: the words of a command that writes into `out`
-    "study": lambda room, out: ["study", "--preset", "tiny", "--seeds", "1", "--workers", "1", "--out", out]
-    + settings(STUDY),
+    "study": lambda room, out: (
+        ["study", "--preset", "tiny", "--seeds", "1", "--workers", "1", "--out", out] + settings(STUDY)
+    ),
     "sft": lambda room, out: ["sft", "tiny", out, *settings(SFT)],
     "ppo": lambda room, out: ["ppo", "tiny", out, *settings(PPO)],
     "compare": lambda room, out: ["compare", str(room / "base"), str(room / "tuned"), "--out", out, "--workers", "1"],
     "recover": lambda room, out: ["recover", *pair(room), "--out", out],
     "sweep": lambda room, out: ["sweep", *pair(room), "--ks", "0.1", "0.2", "0.4", "--out", out],
-    "search": lambda room, out: ["search", *pair(room), "--out", out, "--goal", "0.25", "--budget", "8"]
-    + ["--score", f'{sys.executable} -c "{SCORE}" {{folder}}'],
+    "search": lambda room, out: (
+        ["search", *pair(room), "--out", out, "--goal", "0.25", "--budget", "8"]
+        + ["--score", f'{sys.executable} -c "{SCORE}" {{folder}}']
+    ),
 }
 GOES_ON = [name for name, command in cli.COMMANDS.items() if command.goes_on]
 TIMES = {"seconds", "tokens_per_second"}  # columns and keys that are times
@@ -281,6 +280,7 @@ def trials(room, names, kills, seed=0, others=1):
 
 def warm():
     "Imports what the commands need, without starting a thread."
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):

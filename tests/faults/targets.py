@@ -1,7 +1,8 @@
 """What is fuzzed: readers of text and files that somebody else wrote, each as a function of bytes.
 
-A target returns whether its input was accepted, and fails where a reader says something else than it documents: another
-error than its own, a "solved" that an independent evaluator does not find, a tensor that safetensors reads otherwise."""
+A target returns whether its input was accepted, and fails where a reader says something else than it documents:
+another error than its own, a "solved" that an independent evaluator does not find, a tensor that safetensors reads
+otherwise."""
 
 import json
 import os
@@ -12,14 +13,16 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from gp_spectral.checkpoint import Checkpoint, read_header
+from gp_spectral.checkpoint import Checkpoint, preflight, read_header
 from gp_spectral.env import FormulaError, GeneralPoints, evaluate_formula, verify
 from gp_spectral.folders import CheckpointError
 
 from . import evaluator
-from .corrupt import FILE, INDEX, adapter, header_of, in_shards, small
+from .corrupt import FILE, INDEX, adapter, header_of, in_shards, small, told
 
 LONGEST = 5.0  # seconds that one input may take, on a machine that does other things besides
 ROOM = {}  # kind: a folder in memory, made once
@@ -68,12 +71,25 @@ def answer(data):
     return found.solved
 
 
+def in_eight_bits(folder):
+    "One of the matrices in eight bits with a scale for each block, as the config has to explain."
+    found = load_file(folder / FILE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    found[name] = found[name].to(torch.float8_e4m3fn)
+    found[f"{name}_scale_inv"] = torch.ones(3, 1)
+    save_file(found, folder / FILE, metadata={"format": "pt"})
+    told(folder, quantization_config=dict(quant_method="fp8", weight_block_size=[128, 128]))
+
+
 def room(kind):
     "A folder in memory that a target writes into, with what belongs there."
     if kind not in ROOM:
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         ROOM[kind] = folder = Path(tempfile.mkdtemp(prefix="faults-", dir=memory))
         small(folder / "base")
+        small(folder / "good")
+        if kind == "config":
+            in_eight_bits(folder / "base")
         if kind == "index":
             in_shards(folder / "base")
         if kind == "adapter":
@@ -91,9 +107,10 @@ def leave():
 def read_all(folder):
     "Everything that is read of a checkpoint before arithmetic."
     c = Checkpoint(folder)
-    matrices = c.matrices()
-    for m in matrices[:4]:
-        c.matrix(m)
+    for heads in (False, True):
+        for m in c.matrices(heads=heads)[-4:]:
+            c.matrix(m)
+    preflight(folder.parent / "good", c)
     return c
 
 
@@ -189,8 +206,8 @@ def seeds(name):
         return [mine, b"[DEFAULT]\nmodel = tiny\n[mine]\nextends = other\n[other]\nrl = grpo\n"]
     if name == "header":
         whole = (room(name) / "base" / FILE).read_bytes()
-        told, body = header_of(room(name) / "base" / FILE)
-        few = {k: v | dict(data_offsets=[0, 128]) | dict(shape=[32]) for k, v in list(told.items())[-1:] if k[0] != "_"}
+        entries, body = header_of(room(name) / "base" / FILE)
+        few = {k: v | dict(data_offsets=[0, 128]) | dict(shape=[32]) for k, v in entries.items() if "model.norm" in k}
         text = json.dumps(few | dict(__metadata__=dict(format="pt"))).encode()
         return [len(text).to_bytes(8, "little") + text + body[:128], whole[:3000]]
     file = {"index": f"base/{INDEX}", "config": "base/config.json", "adapter": "adapter/adapter_config.json"}[name]
