@@ -176,6 +176,35 @@ def _stored(folder):
         why = "has a config.json but no model.safetensors: is it a tokenizer or an interrupted save?"
     raise CheckpointError(f"{folder} {why}")
 
+# %% ../nbs/03a_checkpoint.ipynb #067df01f
+_COUNTS = set(
+    "num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads num_heads num_key_value_heads "
+    "kv_n_heads num_kv_heads embed_dim hidden_size n_embd d_model head_dim d_kv kv_channels".split()
+)
+_OBJECTS = {"attn_config", "compression_config", "config_groups", "weights"}
+
+
+def _is_block(x):
+    "Whether a value is the rows and columns of a block."
+    return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
+
+
+def _is_meant(key, x):
+    "Whether a value of a config is of the kind that its key has."
+    if key in _COUNTS:
+        return type(x) is int and 0 <= x < 2**31
+    if key == "model_type":
+        return isinstance(x, str)
+    if key in ("weight_block_size", "block_structure"):
+        return _is_block(x)
+    return isinstance(x, dict) or not (key in _OBJECTS or key.endswith("_config"))
+
+
+def _usable(config, depth=8):
+    "A config without the entries that are of another kind than their keys say, or deeper than any that is meant."
+    told = {k: x for k, x in config.items() if x is None or _is_meant(k, x)}
+    return {k: _usable(x, depth - 1) if isinstance(x, dict) else x for k, x in told.items()} if depth else {}
+
 # %% ../nbs/03a_checkpoint.ipynb #221f7f87
 class Held:
     "A tensor of a model in memory: what `Entry` is for one in a file."
@@ -289,9 +318,10 @@ def _open_folder(self: Checkpoint, name, base):
         if any(self.path.glob("*.gguf")):
             raise _gguf(name)
         raise CheckpointError(f"{name} has no config.json: give the folder that save_pretrained wrote")
-    self.config, self.entries = read_json(self.path / "config.json"), _stored(self.path)
-    if not isinstance(self.config, dict):
+    config, self.entries = read_json(self.path / "config.json"), _stored(self.path)
+    if not isinstance(config, dict):
         raise CheckpointError(f"{self.path / 'config.json'} is not a JSON object: copy it again")
+    self.config = _usable(config)
     if not self.entries:
         raise CheckpointError(f"{self.path / 'model.safetensors'} holds no tensor: save the checkpoint again")
     _check_plain(self.entries, self.path)

@@ -3,6 +3,7 @@
 A formula is read by recursive descent, character by character; a compact answer by playing its steps on the table."""
 
 import re
+import sys
 from collections import Counter
 from fractions import Fraction
 
@@ -17,6 +18,15 @@ def value(text):
     "(value, numbers used) of a formula; `NoFormula` where there is none, or it is longer than is read."
     if len(text) > 200:
         raise NoFormula
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(before + 2000)  # four calls deep for each parenthesis
+    try:
+        return _value(text)
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def _value(text):
     chars = [SAME.get(c, c) for c in text.strip()]
     used, at = [], 0
 
