@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 from .checkpoint import PARTS, TABLES, as_checkpoint, as_parts, common_weights, number, preflight
 from .checkpoint import tell_apart, with_base
-from .folders import CheckpointError, atomic
+from .folders import CheckpointError, alone, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
 from .page import BAND_COLORS, TURNED, shown_ranks, write_page
 from .svd import SPLIT, as_cache, change_row, choose_drivers, factors, gram, gram_eigenvalues, long_side
@@ -757,11 +757,12 @@ def _is_finished(folder):
     return all((folder / f"{name}.parquet").is_file() for name in _NEEDED)
 
 
-def _read_again(out, everyone):
-    "The tables of a comparison that is finished already, with what it warned of."
-    tables = read_comparison(out)
+def _read_again(job, everyone):
+    "The tables of a comparison that is finished already, with what it warned of; parts that a kill has left go."
+    tables = read_comparison(job.folder)
     if everyone.rank == 0:
         _warn(tables)
+        job.finish()
     return tables
 
 # %% ../nbs/04_angles.ipynb #48cd21b0
@@ -788,13 +789,14 @@ def compare_all(
     used = [cs[i] for i in sorted({i for p in pairs for i in p})]
     matrices = cs[pairs[0][0]].shared_matrices(used, kinds, layers, heads, include)
     asked, device = dict(fraction=fraction, details=details), pick_device(device, everyone.rank)
-    job, made = _begin(cs, pairs, matrices, asked, device, out, everyone)
-    if job and _is_finished(job.folder):
-        return _read_again(out, everyone)
     measure = lambda m: _measure(cs, pairs, m, fraction, details, as_cache(cache), device)
-    with _gone_if_hopeless(job, made and everyone.ranks == 1):
-        results = _run(cs, matrices, measure, everyone, device, job, progress, workers)
-    return _together(job, results, len(matrices), everyone, lambda: _all_outside(cs, pairs, matrices))
+    with alone(out if everyone.rank == 0 else None, "comparison"):
+        job, made = _begin(cs, pairs, matrices, asked, device, out, everyone)
+        if job and _is_finished(job.folder):
+            return _read_again(job, everyone)
+        with _gone_if_hopeless(job, made and everyone.ranks == 1):
+            results = _run(cs, matrices, measure, everyone, device, job, progress, workers)
+        return _together(job, results, len(matrices), everyone, lambda: _all_outside(cs, pairs, matrices))
 
 # %% ../nbs/04_angles.ipynb #eca6c256
 def _warn_untrained(changes):

@@ -9,13 +9,12 @@ __all__ = ['claimed', 'task_name', 'task_names', 'is_finished', 'write_table', '
            'TensorBook']
 
 # %% ../nbs/00d_book.ipynb #4ebc7341
-import errno
 import json
 import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,13 @@ import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch, patch_to
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .folders import atomic, write_json
+from .folders import atomic, free_lock, is_full, lock_of, write_json
 from .models import world
 
 # %% ../nbs/00d_book.ipynb #849f3ded
-def _lock_of(folder):
-    beside = os.access(folder.parent, os.W_OK) or not folder.exists()  # not so beside a mounted volume
-    return FileLock(folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock")
-
-
 def _try(folder, lock):
     "True, False, or the error that came of it."
     try:
@@ -56,19 +50,6 @@ def _ask(folder, lock):
         raise answer[0]
     return answer[0]
 
-# %% ../nbs/00d_book.ipynb #d16b44af
-def _free(lock, made):
-    if not lock.is_locked:
-        return
-    try:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
-    finally:
-        lock.release()
-    for p in made:
-        with suppress(OSError):
-            p.rmdir()  # what is not empty stays
-
 # %% ../nbs/00d_book.ipynb #40c36fa1
 @contextmanager
 def claimed(
@@ -77,7 +58,7 @@ def claimed(
 ):  # yields whether it is this run's alone: it stays so inside the `with`
     "Claims a folder for this process, or for all processes of one `accelerate launch`, which call it together."
     folder = Path(folder).resolve()
-    lock, made, said = _lock_of(folder), [p for p in folder.parents if not p.exists()], False
+    lock, made, said = lock_of(folder), [p for p in folder.parents if not p.exists()], False
     while not (ours := _ask(folder, lock)) and wait:
         if not said and world().is_main_process:
             holder = f"another run is at it (it holds {lock.lock_file})"
@@ -87,7 +68,7 @@ def claimed(
     try:
         yield ours
     finally:
-        _free(lock, made)
+        free_lock(lock, made)
 
 # %% ../nbs/00d_book.ipynb #d07d107c
 def task_name(task: Any) -> str:
@@ -175,20 +156,6 @@ class NoRoom(OSError):
     "The disk is full, or a quota is used up."
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
-_FULL_WORDS += ("enforce fail at inline_container", "file write failed")
-
-
-def _is_full(e):
-    "Whether an error comes of a full disk, as it stands or by what it was raised from."
-    while e is not None:
-        if getattr(e, "errno", None) in _FULL or any(words in str(e) for words in _FULL_WORDS):
-            return True
-        e = e.__cause__ or e.__context__
-    return False
-
-
 @contextmanager
 def needs_room(
     folder: str | os.PathLike,  # where is written
@@ -197,7 +164,7 @@ def needs_room(
     try:
         yield
     except Exception as e:
-        if isinstance(e, NoRoom) or not _is_full(e):
+        if isinstance(e, NoRoom) or not is_full(e):
             raise
         advice = "make room and start the same command again, it goes on from the last state that was kept"
         raise NoRoom(f"there is no room in {folder} ({type(e).__name__}: {e}): {advice}") from e
@@ -238,7 +205,7 @@ def keep(
                 self.write(state, part)
         except (OSError, RuntimeError) as e:
             advice = "make room and start the same command again, it goes on from the state before"
-            kind = NoRoom if _is_full(e) else OSError
+            kind = NoRoom if is_full(e) else OSError
             raise kind(f"{what} could not be kept in {self.out} ({e}): {advice}") from e
     world().wait_for_everyone()
 

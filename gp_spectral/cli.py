@@ -11,13 +11,16 @@ __all__ = ['COMMANDS', 'Command', 'functions_of', 'Help', 'parser_of', 'main_par
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 from . import __version__
+from .folders import is_full
 
 # %% ../nbs/08_cli.ipynb #45d2f600
 class Command(NamedTuple):
@@ -202,6 +205,28 @@ def _notes():
         finally:
             warnings.formatwarning = plain
 
+# %% ../nbs/08_cli.ipynb #87fa60ca
+class _Terminated(KeyboardInterrupt):
+    "SIGTERM."
+
+
+@contextmanager
+def _stopped_by_sigterm():
+    "SIGTERM ends the block like Ctrl-C, where nobody else has said what it does."
+    mine = threading.current_thread() is threading.main_thread() and int(os.environ.get("WORLD_SIZE", 1)) < 2
+
+    def stop(*_):
+        raise _Terminated
+
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 # %% ../nbs/08_cli.ipynb #4a300451
 @contextmanager
 def for_people():
@@ -209,6 +234,7 @@ def for_people():
     with ExitStack() as stack:
         stack.enter_context(_environment(_ENVIRONMENT | ({} if sys.stderr.isatty() else _IN_A_LOG)))
         stack.enter_context(_notes())
+        stack.enter_context(_stopped_by_sigterm())
         if int(os.environ.get("RANK", 0)):
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
@@ -234,6 +260,11 @@ def _as_options(text, name):
     return text
 
 # %% ../nbs/08_cli.ipynb #efd57d07
+def _remedy(e):
+    "What to do about a full disk, where that is what an error comes of and it does not say so itself."
+    return "; make room, and start the same command again" if is_full(e) and "make room" not in str(e) else ""
+
+
 def _run(name, words):
     "Runs one command: the number to end with."
     args = parser_of(name).parse_args(words)
@@ -242,7 +273,7 @@ def _run(name, words):
 # %% ../nbs/08_cli.ipynb #0d119247
 def main(
     argv=None,  # words; default: those of the command line
-) -> int:  # to end with: 0, or what the command says; 2 for bad input, 130 when stopped
+) -> int:  # to end with: 0, or what the command says; 2 for bad input, 130 or 143 when stopped
     "The command `gp-spectral`."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
@@ -251,13 +282,15 @@ def main(
     with for_people():
         try:
             code = _run(name, words)
-        except (ValueError, OSError, FloatingPointError) as e:
-            print(f"gp-spectral {name}: {_as_options(str(e), name)}", file=sys.stderr)
+        except Exception as e:
+            if not (isinstance(e, (ValueError, OSError, FloatingPointError)) or is_full(e)):
+                raise
+            print(f"gp-spectral {name}: {_as_options(str(e), name)}{_remedy(e)}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
             on = "; the same command goes on from here" if COMMANDS[name].goes_on else ""
             print(f"\nstopped{on}", file=sys.stderr)
-            return 130
+            return 128 + (signal.SIGTERM if isinstance(e, _Terminated) else signal.SIGINT)
         _leave()
     return code
 

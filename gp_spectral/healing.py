@@ -482,7 +482,7 @@ def _combinations(vary):
         axes.append([(key.strip(), value.strip()) for value in values.split(",")])
     return [dict(point) for point in itertools.product(*axes)]
 
-
+# %% ../nbs/06d_healing.ipynb #6dd4e534
 def healing_map(
     preset: str = "tiny-map",  # a preset's name
     seeds: int | None = None,  # repetitions for each base; None: the preset's
@@ -496,12 +496,16 @@ def healing_map(
     "Runs every stage of a map that is not finished, and writes its tables and its page."
     pages = []
     for point in _combinations(vary):
-        chosen = load_preset(preset, (overrides or {}) | point)
+        told = (overrides or {}) | point
+        chosen = load_preset(preset, told)
         where = Path(out) / preset / ",".join(f"{k}={v}" for k, v in point.items())
-        count = len(chosen.bases or (chosen.model,)) * (chosen.seeds if seeds is None else seeds)
+        each = chosen.seeds if seeds is None else seeds
+        count = each * len(chosen.bases or (chosen.model,))
         whole = HealingMap(chosen, where, range(first, first + count), progress)
         whole.check()
-        run_all(whole, partial(write_map, whole, f"gp-spectral map --preset {preset}"), workers, progress)
+        command = f"gp-spectral map --preset {preset} --seeds {each} --first {first}"
+        command += "".join(f" --set {key}={value}" for key, value in told.items())
+        run_all(whole, command, partial(write_map, whole, command), workers)
         pages.append(where / "report.html")
     return pages
 

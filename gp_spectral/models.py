@@ -15,7 +15,6 @@ __all__ = ['resolve', 'quiet', 'no_future_warnings', 'turn_end', 'end_tokens', '
 import copy
 import gc
 import hashlib
-import json
 import os
 import warnings
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .folders import atomic, base_of, is_adapter, locate
+from .folders import adapter_config, atomic, base_of, is_adapter, locate, read_json
 
 # %% ../nbs/00c_models.ipynb #358e66b1
 def resolve(
@@ -75,7 +74,7 @@ def no_future_warnings():
 
 # %% ../nbs/00c_models.ipynb #a0e088d7
 def _causal_class(path):
-    name = (json.loads((path / "config.json").read_text()).get("architectures") or [""])[0]
+    name = (read_json(path / "config.json").get("architectures") or [""])[0]
     named = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
     if named is not None and type(AutoConfig.from_pretrained(path)).__name__.endswith("TextConfig"):
         return named
@@ -83,7 +82,11 @@ def _causal_class(path):
 
 
 def _load_tokenizer(path):
-    return _fit_for_chat(AutoTokenizer.from_pretrained(path, padding_side="left"), f"the tokenizer in {path}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except Exception as e:
+        raise ValueError(f"the tokenizer in {path} cannot be read: {e}") from e
+    return _fit_for_chat(tokenizer, f"the tokenizer in {path}")
 
 
 def _fit_for_chat(tokenizer, name):
@@ -182,25 +185,36 @@ def load_model(
         model.base_model_prefix = "model"  # Mllama's language part names another; TRL looks for it
     return _with_padding(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer)
 
+# %% ../nbs/00c_models.ipynb #3155f43d
+def _base(adapter):
+    "What an adapter is laid over; a `ValueError` where it names nothing, or adapters name each other in a circle."
+    met, at = set(), adapter
+    while is_adapter(at):
+        met.add(at.resolve())
+        file, base = at / "adapter_config.json", base_of(at, adapter_config(at))
+        if base is None:
+            missing = "names no base model (base_model_name_or_path)"
+            raise ValueError(f"{file} {missing}: say what the adapter is laid over")
+        at = resolve(base)
+        if at.resolve() in met:
+            raise ValueError(f"{file} names {base}, so that an adapter lies over itself: name a whole model")
+    return base_of(adapter, adapter_config(adapter))
+
 # %% ../nbs/00c_models.ipynb #526a944c
 def _with_adapter(path, dtype, device):
     "(model, tokenizer) of a LoRA adapter: its base, with the adapter merged."
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    file = path / "adapter_config.json"
-    base = base_of(path, json.loads(file.read_text()))
-    if base is None:
-        missing = "names no base model (base_model_name_or_path)"
-        raise ValueError(f"{file} {missing}: say what the adapter is laid over")
+    base = _base(path)
     model, tokenizer = load_model(base, dtype, device)
-    with safe_open(path / "adapter_model.safetensors", "pt") as f:
-        stored = set(f.keys())
     misfit = f"{path} does not fit its base {base}"
     try:
+        with safe_open(path / "adapter_model.safetensors", "pt") as f:
+            stored = set(f.keys())
         with no_future_warnings(), quiet(transformers_logging.ERROR):
             network = PeftModel.from_pretrained(model, path)
-    except (RuntimeError, KeyError, ValueError) as e:
+    except Exception as e:
         raise ValueError(f"{misfit}: {e}") from e
     lost = sorted(stored ^ set(get_peft_model_state_dict(network)))
     if lost:
@@ -263,8 +277,7 @@ def _digest(folder):
         with file.open("rb") as f:
             digest.update(file.name.encode() + hashlib.file_digest(f, "sha256").digest())
     if is_adapter(folder):
-        base = base_of(folder, json.loads((folder / "adapter_config.json").read_text()))
-        digest.update(_digest(resolve(base)).encode())
+        digest.update(_digest(resolve(_base(folder))).encode())
     return digest.hexdigest()
 
 

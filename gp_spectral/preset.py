@@ -6,7 +6,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/preset.html.md"""
 
 # %% auto #0
 __all__ = ['SHARED', 'Game', 'Preset', 'load_preset', 'preset_names', 'preset_arguments', 'setting_help', 'setting_argument',
-           'preset_of', 'settings_table', 'read_preset', 'settings_arguments', 'run_settings']
+           'preset_of', 'settings_table', 'preset_from', 'read_preset', 'settings_arguments', 'run_settings']
 
 # %% ../nbs/06_preset.ipynb #6e442f2d
 import argparse
@@ -404,6 +404,22 @@ def settings_table(
     ]
     return pd.DataFrame(rows)
 
+# %% ../nbs/06_preset.ipynb #dc28cf4a
+def preset_from(
+    known: dict,  # {setting: value}, as JSON has them
+    file: str | Path,  # where they stand, for an error
+) -> Preset:
+    "The preset of settings that were kept; a `ValueError` names one that is not known."
+    if foreign := sorted(set(known) - set(_KINDS)):
+        raise ValueError(
+            f"{file} knows the setting {foreign[0]}, which a preset does not have: another version wrote it"
+        )
+    whole = lambda x: int(x) if float(x).is_integer() else x  # an older version wrote 10.0
+    several = {
+        k: tuple(map(whole, v) if _KINDS[k] == "whole numbers" else v) for k, v in known.items() if type(v) is list
+    }
+    return Preset(**known | several)
+
 # %% ../nbs/06_preset.ipynb #67b4a6f8
 def read_preset(
     root: str | Path,  # a run folder, or another folder with preset.json in it
@@ -414,16 +430,7 @@ def read_preset(
         raise ValueError(
             f"{root} holds no study: run `gp-spectral study` first, or give the folder that has report.html in it"
         )
-    known = json.loads(file.read_text())
-    if foreign := sorted(set(known) - set(_KINDS)):
-        raise ValueError(
-            f"{file} knows the setting {foreign[0]}, which a preset does not have: another version wrote it"
-        )
-    whole = lambda x: int(x) if float(x).is_integer() else x  # an older version wrote 10.0
-    several = {
-        k: tuple(map(whole, v) if _KINDS[k] == "whole numbers" else v) for k, v in known.items() if type(v) is list
-    }
-    return Preset(**known | several)
+    return preset_from(json.loads(file.read_text()), file)
 
 # %% ../nbs/06_preset.ipynb #0570029e
 def settings_arguments(

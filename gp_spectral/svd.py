@@ -14,6 +14,7 @@ __all__ = ['SPLIT', 'DRIVERS', 'SMALLER', 'CHECKPOINT_COLORS', 'CHECKPOINT_LINES
 
 # %% ../nbs/03_svd.ipynb #e8783f19
 import argparse
+import hashlib
 import os
 import platform
 import re
@@ -309,6 +310,14 @@ class FactorCache:
         return f"FactorCache({str(self.folder)!r}: {len(files)} matrices, {full})"
 
 # %% ../nbs/03_svd.ipynb #089c78b4
+def _checksum(Vh, s):
+    "SHA-256 of both tensors as they are stored."
+    h = hashlib.sha256(repr((Vh.shape, Vh.dtype, s.shape, s.dtype)).encode())
+    for t in (Vh, s):
+        h.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
 @patch
 def get(
     self: FactorCache,
@@ -318,11 +327,14 @@ def get(
     path = self.path(digest)
     try:
         with safe_open(path, "pt") as f:  # cloned to where torch puts its own: BLAS may look at addresses
-            V, s = f.get_tensor("Vh").clone().T, f.get_tensor("s").clone()
+            Vh, s, told = f.get_tensor("Vh").clone(), f.get_tensor("s").clone(), f.metadata() or {}
         os.utime(path)
-        return (V, s) if V.ndim == 2 and len(s) == V.shape[1] else None
     except (OSError, SafetensorError):
         return None
+    if told.get("sha256") == _checksum(Vh, s):
+        return Vh.T, s
+    warnings.warn(f"{path} is not what was written there: its matrix is decomposed again", stacklevel=3)
+    return None
 
 # %% ../nbs/03_svd.ipynb #42ea45d9
 @patch
@@ -363,12 +375,13 @@ def put(
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f:
             part = Path(f.name)
         try:
-            save_file(dict(Vh=V.T.contiguous(), s=s), part)
+            Vh = V.T.contiguous()
+            save_file(dict(Vh=Vh, s=s), part, metadata=dict(sha256=_checksum(Vh, s)))
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
         self.used += size
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         warnings.warn(f"factors are not kept in {self.folder}: {e}", stacklevel=2)
 
 # %% ../nbs/03_svd.ipynb #d848dc64

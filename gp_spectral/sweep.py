@@ -10,7 +10,7 @@ __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'Searc
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .angles import frobenius_norm
-from .folders import CheckpointError, print_table
+from .folders import CheckpointError, alone, print_table
 from .checkpoint import TABLES, Checkpoint, number, with_base
 from .svd import factorize, singular_values
 from .recovery import ANCHORED, METHODS, Ranks, check_pair, edit_matrix, find_method, held_ranks
@@ -687,9 +687,10 @@ def search(
     score = score_command(score) if isinstance(score, str) else score
     told = dict(top=0.0, seed=seed, sigma=sigma, options=options)
     job = prepare(target, donor, method, layers, kinds, cache or out / "factors", "quick", progress, **told)
-    _begin(job, out)
-    scores = _Scores(job, score, goal, out, budget, name)
-    return _result(scores, _searched(scores, steps, bands, slack))
+    with alone(out, "search"):
+        _begin(job, out)
+        scores = _Scores(job, score, goal, out, budget, name)
+        return _result(scores, _searched(scores, steps, bands, slack))
 
 # %% ../nbs/05a_sweep.ipynb #b53abd05
 def _size_text(x):

@@ -348,7 +348,7 @@ def right(out, a):
         float(((x.sigma - y.sigma).abs() / x.groupby("matrix").sigma.transform("max")).max()),
         1e-6,
     )
-    logp = [torch.load(f / "logp.pt")[0] for f in (cpu, gpu)]
+    logp = [torch.load(f / "logp.pt", weights_only=True)[0] for f in (cpu, gpu)]
     check("log-probabilities of the same answers, float32", float((logp[0] - logp[1]).abs().max()), 1e-4)
     x, y = read("answers.parquet")
     check("greedy answers judged otherwise, share", float((x.solved_first != y.solved_first).mean()), 0.01)

@@ -196,7 +196,7 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
         "{'weights'} if 0 in",
         SAID + "records_without",
     ),
-    "only one name of a full disk": ("book", "", "_is_full", "or any(", "and any(", SAID + "a_full_disk_by_any_name"),
+    "only one name of a full disk": ("folders", "", "is_full", "or any(", "and any(", SAID + "a_full_disk_by_any_name"),
     "rounding is whitened": (
         "ppo",
         "",

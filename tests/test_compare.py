@@ -86,6 +86,13 @@ def test_cache(tmp_path, monkeypatch):
     for f in cache.files():
         f.write_bytes(f.read_bytes()[:100])
     assert torch.equal(factors(c, NAME, cache).U, first.U)  # damaged files are made again
+    kept = cache.path(c.digest(NAME))
+    whole = kept.read_bytes()
+    for at in (len(whole) - 3, len(whole) // 2, whole.index(b"sha256") + 12):  # one bit of the factors, or of their sum
+        kept.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.warns(UserWarning, match="is not what was written there"):
+            again = factors(c, NAME, cache)
+        assert all(torch.equal(a, b) for a, b in zip(first, again)) and kept.read_bytes() == whole
     folder = tmp_path / "file"
     folder.write_text("no folder")
     with pytest.warns(UserWarning, match="not kept"):

@@ -23,6 +23,7 @@ from gp_spectral.report import write_report
 from gp_spectral.stages import Study, Unseen, recovery_plan
 from gp_spectral.study import _how_many, _Progress, _threads
 from gp_spectral.study import study as run_study
+from gp_spectral.study import study_again
 
 LITTLE = dict(
     test_problems=24,
@@ -98,11 +99,47 @@ def test_killed_it_goes_on_whatever_the_number_of_workers(finished, tmp_path, ki
         process.wait()
     assert moment or process.returncode == -signal.SIGKILL  # at least the first kill came in time
     before, torch_threads = (finished / "0/sft/record.json").read_bytes(), torch.get_num_threads()
-    overrides = {k: str(v) for k, v in LITTLE.items()}
-    run_study("tiny", 1, tmp_path, overrides, progress=False, workers=2)
+    if kills == 1:  # by the record of the other: the settings need not be said again
+        study_again(finished / "study.json", tmp_path, progress=False, workers=2)
+    else:
+        run_study("tiny", 1, tmp_path, {k: str(v) for k, v in LITTLE.items()}, progress=False, workers=2)
     (tmp_path / "log.txt").unlink()
     same_files(finished, tmp_path / "tiny")
+    assert (finished / "study.json").read_bytes() == (tmp_path / "tiny/study.json").read_bytes()
     assert (finished / "0/sft/record.json").read_bytes() == before and torch.get_num_threads() == torch_threads
+
+
+def test_a_record_is_made_again_only_from_what_it_was_made_of(finished, tmp_path, capsys):
+    "Another base is refused, and what is no record; other versions are told. Nothing is written."
+    whole = json.loads((finished / "study.json").read_text())
+    assert whole["seeds"] == [0] and whole["preset"]["sft_steps"] == 6 and len(whole["bases"]["tiny"]) == 64
+    file = tmp_path / "kept" / "study.json"
+    file.parent.mkdir()
+    for change, message in (
+        (dict(bases={"tiny": "0" * 64}), "begins with another tiny: the weights were 000000000000…, they are "),
+        (dict(bases={}), "begins with another tiny"),
+        (dict(preset=whole["preset"] | dict(lr=1)), "knows the setting lr, which a preset does not have"),
+        (dict(preset=whole["preset"] | dict(model="./nowhere")), "nowhere is not a folder"),
+        (dict(folder="../tiny"), "is no record of a study"),
+        (dict(seeds=["a"]), "is no record of a study"),
+    ):
+        file.write_text(json.dumps(whole | change))
+        assert main(["study", "--from-record", str(file), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    for text in ("", "[]", "{}", "null", "[" * 100_000):
+        file.write_text(text)
+        assert main(["study", "--from-record", str(file), "--out", str(tmp_path / "out")]) == 2
+        assert "is no record of a study" in capsys.readouterr().err
+    for more in (["--seeds", "2"], ["--set", "sft_steps=3"], ["--rl", "grpo"], ["--preset", "tiny"]):
+        assert main(["study", "--from-record", str(finished), "--out", str(tmp_path / "out"), *more]) == 2
+        assert "leave --preset, --set, --rl, --seeds out" in capsys.readouterr().err
+    assert main(["study", "--from-record", str(finished), "--out", str(finished.parent)]) == 2
+    assert "give another --out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    then = whole | dict(circumstances=whole["circumstances"] | dict(torch="1.0"))
+    again = Study(read_preset(finished), tmp_path / "out" / "tiny", [0])
+    with pytest.warns(UserWarning, match="the last bits may differ from the run in .*: torch 1.0, now "):
+        work_module._check_record(then, again, file)
 
 
 SMALL_WORK = """

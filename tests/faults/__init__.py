@@ -1,0 +1,1 @@
+"What becomes of hostile input, of kills, of full disks, and of large tables."
