@@ -132,14 +132,18 @@ def matrix_factors(
     return opened.known[key]
 
 # %% ../nbs/07_explore.ipynb #47a7373d
+_POINTS = 200  # of a line
+
+
 def live_spectrum(
     opened,  # `Opened`
     matrix,  # its name
 ) -> pd.DataFrame:  # checkpoint, matrix, rank, sigma; without rows where neither table nor checkpoints are there
-    "The singular values of one matrix in all checkpoints, of the table or of the checkpoints."
+    "The singular values of one matrix in all checkpoints, or some where a table is all there is."
     kept = opened.tables.spectrum.reindex(columns=["checkpoint", "matrix", "rank", "sigma"])
     kept = kept[kept.matrix == matrix]
-    if len(kept) or len(opened.checkpoints) < 2:
+    whole = kept["rank"].nunique() == kept["rank"].max()
+    if whole or len(opened.checkpoints) < 2:
         return kept
     values = {label: matrix_factors(opened, label, matrix).s.tolist() for label in opened.checkpoints}
     row = lambda c, s: pd.DataFrame(dict(checkpoint=c, matrix=matrix, rank=range(1, len(s) + 1), sigma=s))
@@ -179,9 +183,6 @@ def _chance(f, k):
         yield pd.DataFrame(dict(rank=range(1, k + 1), degrees=angles, what="random", side=side))
 
 # %% ../nbs/07_explore.ipynb #1bfa5b0e
-_POINTS = 200  # of a line
-
-
 def live_profile(
     opened,  # `Opened`
     base,  # label of a checkpoint
@@ -232,8 +233,9 @@ def energy_beside_noise(
 def _banded(lines, title):
     "Lines over the ranks, with the strip of the band and the edge of the leading ones."
     strip = alt.Chart(alt.NamedData("strip"))
-    band = strip.mark_rect(color="#999", opacity=0.18).encode(x="first:Q", x2="last:Q")
-    edge = strip.mark_rule(strokeDash=[2, 2], color="#666").encode(x="leading:Q")
+    ranks = lambda column: alt.X(f"{column}:Q", title="rank", scale=alt.Scale(nice=False))
+    band = strip.mark_rect(color="#999", opacity=0.18).encode(ranks("first"), x2="last:Q")
+    edge = strip.mark_rule(strokeDash=[2, 2], color="#666").encode(ranks("leading"))
     return (band + edge + lines).properties(width=205, height=190, title=title)
 
 # %% ../nbs/07_explore.ipynb #6f29e8f7
@@ -305,8 +307,8 @@ def detail_rows(
     "All that stands behind a square of the map."
     spectrum = live_spectrum(opened, matrix)
     return dict(
-        sigma=pd.DataFrame(sigma_rows(spectrum)),
-        change=pd.DataFrame(change_rows(spectrum, [(base, other)])),
+        sigma=pd.DataFrame(sigma_rows(spectrum, _POINTS)),
+        change=pd.DataFrame(change_rows(spectrum, [(base, other)], _POINTS)),
         strip=_strip(opened, base, other, matrix, band, leading),
         profile=live_profile(opened, base, other, matrix, leading),
         energy=energy_beside_noise(opened, base, other, matrix),

@@ -180,27 +180,29 @@ def _short(x):
     return float(f"{x:.4g}") if np.isfinite(x) else None
 
 
-def _curves(spectrum):
+def _curves(spectrum, most):
     "((checkpoint, matrix), (ranks, σ)) of the ranks that are shown."
     for key, t in spectrum.groupby(["checkpoint", "matrix"], sort=False):
-        t = t.iloc[[i - 1 for i in shown_ranks(len(t))]]
+        t = t.iloc[[i - 1 for i in shown_ranks(len(t), most)]]
         yield key, (t["rank"].tolist(), t.sigma.to_numpy(float))
 
 
 def sigma_rows(
     spectrum,  # checkpoint, matrix, rank, sigma
+    most: int = 64,  # ranks of a curve
 ) -> list:  # of {matrix, checkpoint, rank: [...], sigma: [...]}
     "The singular values of every matrix of all checkpoints, as many as are shown."
     short = lambda ranks, s: dict(rank=ranks, sigma=[_short(x) for x in s])
-    return [dict(matrix=matrix, checkpoint=c) | short(*curve) for (c, matrix), curve in _curves(spectrum)]
+    return [dict(matrix=matrix, checkpoint=c) | short(*curve) for (c, matrix), curve in _curves(spectrum, most)]
 
 # %% ../nbs/03c_page.ipynb #9615ff29
 def change_rows(
     spectrum,  # checkpoint, matrix, rank, sigma
     pairs,  # (base, other), …
+    most: int = 64,  # ranks of a curve
 ) -> list:  # of {matrix, pair, rank: [...], change: [...] in percent}
     "By how much other's singular values differ from base's, rank by rank; ranks without any in the base are left out."
-    known, rows = dict(_curves(spectrum)), []
+    known, rows = dict(_curves(spectrum, most)), []
     for (a, b), matrix in ((pair, m) for pair in pairs for m in _in_order(m for _, m in known)):
         if not {(a, matrix), (b, matrix)} <= set(known):
             continue
