@@ -74,16 +74,17 @@ def drawn(opened, matrices):
     import matplotlib.pyplot as plt
 
     from gp_spectral.angles import plot_profile
-    from gp_spectral.explore import profile_rows
+    from gp_spectral.explore import live_profile, live_spectrum
     from gp_spectral.svd import plot_spectrum
 
     base, other = opened.pairs[0]
     for name in matrices:
-        rows = profile_rows(opened, base, other, name)
+        rows = live_profile(opened, base, other, name)
         rows = rows[rows.what == "measured"].assign(angle=rows.degrees / 57.3, random=1.2, forced=False, matrix=name)
+        spectrum = live_spectrum(opened, name)
         begun = time.perf_counter()
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        plot_spectrum(opened.spectrum, name, ax=axes[0])
+        plot_spectrum(spectrum, name, ax=axes[0])
         plot_profile(rows.reset_index(drop=True), ax=axes[1])
         figure.savefig(io.BytesIO(), format="png")
         plt.close(figure)
@@ -95,10 +96,12 @@ def main():
     parser.add_argument("folder", help="the run folder of a study")
     parser.add_argument("--matrices", type=int, default=12, help="how many are clicked on")
     args = parser.parse_args()
-    from gp_spectral.explore import furthest, opened
+    from gp_spectral.explore import opened
+    from gp_spectral.page import furthest, map_rows
 
     one = opened(args.folder)  # it begins with the matrix that turned furthest: a click on that changes nothing
-    matrices = [n for n in dict.fromkeys(one.tables.angles.matrix) if n != furthest(one)][: args.matrices]
+    shown = furthest(map_rows(one.tables.angles))
+    matrices = [n for n in dict.fromkeys(one.tables.angles.matrix) if n != shown][: args.matrices]
     first, again = moves(args.folder, matrices)
     plain = list(drawn(one, matrices))
     rows = [

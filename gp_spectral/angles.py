@@ -10,8 +10,7 @@ __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS_AMONG', 'INTRUDER_COSINE', 'A
            'null_sigma', 'effective_dtype', 'floor_angles', 'degenerate_cuts', 'verdict', 'isotropic_angle',
            'band_angles', 'frobenius_norm', 'block_energy', 'delta_energy', 'count_intruders', 'intruder_dimensions',
            'Comparison', 'read_comparison', 'compare_all', 'compare', 'several_stacks', 'band_summary', 'angle_profile',
-           'plot_profile', 'plot_angles', 'kinds_by_stack', 'plot_map', 'compare_arguments', 'run_compare',
-           'print_comparison']
+           'plot_profile', 'plot_angles', 'plot_map', 'compare_arguments', 'run_compare', 'print_comparison']
 
 # %% ../nbs/04_angles.ipynb #38524d61
 import argparse
@@ -1010,14 +1009,6 @@ def plot_angles(
     return ax
 
 # %% ../nbs/04_angles.ipynb #6a012ff9
-def kinds_by_stack(
-    angles,  # the table of a comparison
-) -> pd.DataFrame:
-    "A table whose kinds have their stack in front, where there are several."
-    t = angles
-    return t.assign(kind=(t["stack"] + " " + t.kind).str.strip()) if several_stacks(t) else t
-
-
 def _grid(t, column, kinds):
     return t.pivot_table(index="kind", columns="layer", values=column).reindex(kinds)
 
@@ -1036,7 +1027,8 @@ def plot_map(
     degrees, word = value == "degrees", "mean angle (degrees)" if value == "degrees" else "mean angle / floor"
     t = t.assign(shown=np.degrees(t["mean"]) if degrees else t["mean"] / t.floor)
     t = t.assign(quiet=~_is_rotated(t.verdict), layer=t.layer.fillna(-1).astype(int))
-    t = kinds_by_stack(t)
+    if several_stacks(t):
+        t = t.assign(kind=(t["stack"] + " " + t.kind).str.strip())
     kinds = list(dict.fromkeys(t.kind))
     grid = _grid(t, "shown", kinds)
     ax = ax or plt.subplots(figsize=(min(11, 3 + 0.4 * grid.shape[1]), 1 + 0.3 * len(kinds)), layout="constrained")[1]

@@ -23,7 +23,7 @@ from gp_spectral import app, dial, player
 from gp_spectral.angles import angle_profile
 from gp_spectral.cli import main
 from gp_spectral.env import Feedback, GeneralPoints
-from gp_spectral.explore import detail_rows, explore, opened, opened_map, profile_rows
+from gp_spectral.explore import detail_rows, explore, live_profile, opened, opened_map
 from gp_spectral.models import load_model
 from gp_spectral.play import evaluate, play, success_rate
 from gp_spectral.recovery import prepare, recover
@@ -78,7 +78,7 @@ def test_whatever_is_opened_has_pairs_and_a_map(run, study, compared):
     one, two = (compared.parent / name for name in ("base", "sft"))
     for what in ([run], [study], [SHIPPED], [compared], [one, two]):
         found = opened(*what, **dict(progress=False, cache=False) if len(what) > 1 else {})
-        rows = {r["pair"] for t in opened_map(found).to_dict()["datasets"].values() for r in t}
+        rows = {r["pair"] for t in opened_map(found).to_dict()["datasets"].values() for r in t if "ratio" in r}
         assert rows == {f"{a} → {b}" for a, b in found.pairs} and len(found.tables.changes)
     assert "SFT_End → noise" in {f"{a} → {b}" for a, b in opened(study).pairs}  # not filtered out
 
@@ -88,7 +88,7 @@ def test_models_in_memory_are_compared():
     with torch.no_grad():
         models[1].get_parameter(MATRIX).mul_(-1.1)
     found = opened(*models, progress=False, layers="1", kinds=["q_proj"], cache=False)
-    assert len(found.pairs) == 1 and not profile_rows(found, *found.pairs[0], MATRIX).empty
+    assert len(found.pairs) == 1 and not live_profile(found, *found.pairs[0], MATRIX).empty
 
 
 def test_what_is_nothing_is_told(tmp_path, run):
@@ -100,31 +100,37 @@ def test_what_is_nothing_is_told(tmp_path, run):
 
 
 def test_checkpoints_that_have_gone_or_changed_are_not_measured(compared, tmp_path):
-    found = opened(compared)
+    out = shutil.copytree(compared, tmp_path / "out")
+    table = (out / "spectrum.parquet").rename(tmp_path / "spectrum.parquet")  # of before it was kept
+    found = opened(out)
     rows = detail_rows(found, "base", "sft", MATRIX)
     assert list(found.checkpoints) == ["base", "sft"] and all(len(t) for t in rows.values())
-    out = shutil.copytree(compared, tmp_path / "out")
     plan = json.loads((out / "plan.json").read_text())
     for broken in (dict(checkpoints=["nowhere", "nowhere"]), dict(files=[["other"], ["other"]])):
         (out / "plan.json").write_text(json.dumps(plan | broken))
         without = opened(out)
         rows = detail_rows(without, "base", "sft", MATRIX)
         assert without.checkpoints == {} and rows["profile"].empty and rows["sigma"].empty and len(rows["energy"])
+        assert rows["change"].empty
+    table.rename(out / "spectrum.parquet")
+    rows = detail_rows(opened(out), "base", "sft", MATRIX)
+    assert rows["profile"].empty and len(rows["sigma"]) == 2 and len(rows["change"]) == 1
 
 
 def test_stacks_are_told_apart(study):
     one = opened(study)
     angles = one.tables.angles.assign(stack=np.where(one.tables.angles.layer < 2, "vision", ""))
     chart = opened_map(replace(one, tables=one.tables._replace(angles=angles))).to_dict()
-    kinds = {row["kind"] for rows in chart["datasets"].values() for row in rows}
-    assert {"vision q_proj", "q_proj"} <= kinds
+    assert chart["concat"][0]["facet"]["row"]["sort"] == ["vision", "main"]
+    stacks = {(row["matrix"], row["stack"]) for t in chart["datasets"].values() for row in t if "ratio" in row}
+    assert stacks == set(zip(angles.matrix, angles["stack"]))
 
 
 def test_the_noise_is_the_studys_own(study, tmp_path):
     named = study.checkpoints(0)
     told = dict(method="random", like="donor", seed=0, progress=False, certify="quick")
     noise = recover(named["end"], named["rl"], tmp_path / "noise", **told)
-    rows, wanted = profile_rows(opened(study), "SFT_End", "noise", MATRIX), angle_profile(named["end"], noise, MATRIX)
+    rows, wanted = live_profile(opened(study), "SFT_End", "noise", MATRIX), angle_profile(named["end"], noise, MATRIX)
     rows = rows[rows.what == "noise as large"]
     assert "measured" not in set(rows.what)
     for side in "UV":

@@ -287,8 +287,13 @@ def test_the_page_of_a_study_in_a_browser(of_study, browser, width):
 def test_a_study_has_the_page_that_its_tables_allow(of_study, tmp_path):
     "What is not stored is told, and no empty panel stands for it; three megabytes at most."
     page = of_study.read_text()
-    assert len(page.encode()) < 3e6 and "Left out of this page" in page and "(spectrum)" in page
-    assert '"Singular values"' not in page and "the words of the answers" not in page
+    assert len(page.encode()) < 3e6 and "Left out of this page" in page and "(profiles)" in page
+    assert '"Sorted angles, band by band"' not in page and "the words of the answers" not in page
+    assert '"Singular values"' in page and "(spectrum)" not in page
+    old = shutil.copytree(of_study.parent, tmp_path / "old")
+    (old / "spectrum.parquet").unlink()
+    page = page_of(old)
+    assert '"Singular values"' not in page and "(spectrum)" in page
     for name in ("preset.json", "evaluations.parquet"):
         shutil.copy(SHIPPED / name, tmp_path)
     least = page_of(tmp_path)
