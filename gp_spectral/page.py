@@ -243,7 +243,7 @@ def _panel(values, picked, title, *filters):
 def sigma_lines(
     chart,  # of rows as `sigma_rows` gives them
     names,  # of the checkpoints, in the order of their spare styles
-) -> alt.Chart:
+) -> "alt.Chart":
     "Singular values by rank, each checkpoint in the style that it has in every figure."
     looks = [checkpoint_style(name, i) for i, name in enumerate(names)]
     dashes = [list(x[1]) if isinstance(x, tuple) else _DASHES[x] for x in (look["linestyle"] for look in looks)]
@@ -257,7 +257,7 @@ def sigma_lines(
 # %% ../nbs/03c_page.ipynb #60f5e6c7
 def change_lines(
     chart,  # of rows as `change_rows` gives them
-) -> alt.Chart:
+) -> "alt.Chart":
     "The relative change of singular values by rank."
     return (
         chart.transform_flatten(["rank", "change"])
