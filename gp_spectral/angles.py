@@ -741,6 +741,11 @@ def _check_request(cs, pairs, kinds, layers, include, fraction, workers, several
         raise ValueError("several processes share their work through a folder: give `out`")
 
 # %% ../nbs/04_angles.ipynb #b2a906c4
+def _used(cs, pairs):
+    "The checkpoints that are in some pair."
+    return [cs[i] for i in sorted({i for pair in pairs for i in pair})]
+
+
 @contextmanager
 def _gone_if_hopeless(job, made):
     "Removes a folder that was just made: a matrix that cannot be compared today cannot be tomorrow."
@@ -785,8 +790,7 @@ def compare_all(
     pairs = [(0, j) for j in range(1, len(cs))] if pairs is None else [tuple(p) for p in pairs]
     cs = [c.named_as(cs[pairs[0][0]]) for c in cs] if pairs else cs
     _check_request(cs, pairs, kinds, layers, include, fraction, workers, everyone.ranks > 1, out)
-    used = [cs[i] for i in sorted({i for p in pairs for i in p})]
-    matrices = cs[pairs[0][0]].shared_matrices(used, kinds, layers, heads, include)
+    matrices = cs[pairs[0][0]].shared_matrices(_used(cs, pairs), kinds, layers, heads, include)
     asked, device = dict(fraction=fraction, details=details), pick_device(device, everyone.rank)
     measure = lambda m: _measure(cs, pairs, m, fraction, details, as_cache(cache), device)
     with alone(out if everyone.rank == 0 else None, "comparison"):
