@@ -748,8 +748,7 @@ def compare_all(
     pairs = [(0, j) for j in range(1, len(cs))] if pairs is None else [tuple(p) for p in pairs]
     cs = [c.named_as(cs[pairs[0][0]]) for c in cs] if pairs else cs
     _check_request(cs, pairs, kinds, layers, include, fraction, workers, everyone.ranks > 1, out)
-    used = [cs[i] for i in sorted({i for p in pairs for i in p})]
-    matrices = cs[pairs[0][0]].shared_matrices(used, kinds, layers, heads, include)
+    matrices = cs[pairs[0][0]].shared_matrices([cs[i] for p in pairs for i in p], kinds, layers, heads, include)
     asked, device = dict(fraction=fraction, details=details), pick_device(device, everyone.rank)
     measure = lambda m: _measure(cs, pairs, m, fraction, details, as_cache(cache), device)
     with alone(out if everyone.rank == 0 else None, "comparison"):

@@ -368,27 +368,6 @@ def check_kept(kind):
         assert kept(*fresh) == playing.generate(*fresh)  # one is new, so all are read
 
 
-def check_kept(kind):
-    """`Kept` against `generate`, which reads everything anew: the same answers, and only what is new is read.
-    Prompts and feedback are ragged, some answers end early, some conversations retire, the others change places."""
-    model, lot, reads = small(kind), random.Random(0), []
-    model.register_forward_pre_hook(lambda m, args, kwargs: reads.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    words = lambda least, most: [lot.randrange(1, 23) for _ in range(lot.randint(least, most))]
-    for temperature in (0.0, 1.0):
-        kept, talks = playing.Kept(), {i: words(2, 12) for i in range(24)}
-        for attempt in range(4):
-            rows = lot.sample(sorted(talks), len(talks) - 3 * bool(attempt))
-            asked = model, Words, [talks[i] for i in rows], 8, temperature, [(i, attempt) for i in rows]
-            wanted, begun = playing.generate(*asked), len(reads)
-            answers = kept(*asked)
-            assert answers == wanted and not all(ended for _, ended in answers)
-            assert not attempt or reads[begun] <= 1 + 4  # a last token, and feedback
-            talks = {i: talks[i] + new + words(1, 4) for i, (new, _) in zip(rows, answers)}
-        assert any(ended for _, ended in answers) or not temperature
-        fresh = model, Words, [*talks.values(), words(30, 30)], 8, temperature
-        assert kept(*fresh) == playing.generate(*fresh)  # one is new, so all are read
-
-
 def check_it_learns(tmp_path):
     train_ppo(
         "tiny",
@@ -417,8 +396,6 @@ CHECKS = {
     "rates": check_rates,
     "first step": check_first_step,
     "pieces": check_pieces,
-    "kept llama": lambda t: check_kept("llama"),
-    "kept gpt2": lambda t: check_kept("gpt2"),
     "kept llama": lambda t: check_kept("llama"),
     "kept gpt2": lambda t: check_kept("gpt2"),
     "learns": check_it_learns,
@@ -451,16 +428,6 @@ def plant(monkeypatch, owner, name, old, new):
 
 
 BUGS = {
-    "kept keys stay in their columns": (playing, "_moved", "+ shift", "+ 0 * shift", "kept llama"),
-    "kept keys of another conversation": (
-        playing,
-        "_moved",
-        "[row] for _, row, _ in found",
-        "[row] for row in range(len(found))",
-        "kept llama",
-    ),
-    "kept padding counts as read": (playing.Kept, "__call__", "[:len(p) - unread]", "", "kept llama"),
-    "a conversation is taken for another": (playing.Kept, "_continued", "same and found", "found", "kept gpt2"),
     "kept keys stay in their columns": (playing, "_moved", "+ shift", "+ 0 * shift", "kept llama"),
     "kept keys of another conversation": (
         playing,
@@ -888,54 +855,6 @@ def test_what_is_kept_between_attempts_changes_no_answer(temperature, size):
         played = play(model, tokenizer, ID, problems, 4, temperature, batch_size=size, sampler=sampler)
         episodes.append([e.ids for e in played])
         tokens.append(sum(read))
-    assert episodes[0] == episodes[1] and tokens[1] < 0.6 * tokens[0]
-    assert len({len(e.turns) for e in played}) > 1  # some retired on the way
-
-
-def test_one_attempt_and_other_samplers_keep_nothing(monkeypatch):
-    model, problems = load_model("tiny"), ID.problems("train", 4)
-    monkeypatch.setattr(playing, "Kept", lambda: pytest.fail("nothing goes on from here"))
-    play(*model, ID, problems)
-    play(*model, ID, problems, 2, sampler=lambda *args: playing.generate(*args))
-    with pytest.raises(pytest.fail.Exception):
-        play(*model, ID, problems, 2)
-
-
-def test_which_models_keep(monkeypatch):
-    "Those whose cache is the keys and values of all tokens, which depend on the tokens before them only."
-    tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=24)
-    tiny |= dict(num_key_value_heads=2)
-    with torch.device("meta"):
-        made = lambda config: AutoModelForCausalLM.from_config(config)
-        llama = made(LlamaConfig(**tiny))
-        no = [
-            made(MistralConfig(**tiny, sliding_window=8)),
-            made(LlamaConfig(**tiny, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
-            made(RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=24)),
-            made(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=24)),
-        ]
-    keeps = lambda model, batches=1: playing._keeps(model, batches)
-    assert [keeps(model) for model in no] == [False] * len(no)
-    assert keeps(llama) and keeps(small("gpt2"), 5) and keeps(ActorCritic(small("llama")), 5)
-    assert keeps(get_peft_model(small("llama"), LoraConfig(target_modules=["q_proj"])), 5)
-    assert not keeps(llama, 2)  # batches off the CPU are made anew
-    monkeypatch.setattr(playing, "is_sharded", lambda model: True)
-    assert not keeps(small("llama"))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("size", [60, 13])
-def test_what_is_kept_between_attempts_changes_no_answer(temperature, size):
-    "Equal ids for these conversations; the fewest tokens are read a second time."
-    model, tokenizer = load_model("tiny", dtype="float32")
-    read, anew, problems = [], lambda *args: playing.generate(*args), ID.problems("train", 60)
-    model.register_forward_pre_hook(lambda m, args, k: read.append(k["attention_mask"].new_ones(k["input_ids"].shape).sum()), with_kwargs=True)
-    episodes, tokens = [], []
-    for sampler in (anew, playing.generate):
-        read.clear()
-        played = play(model, tokenizer, ID, problems, 4, temperature, batch_size=size, sampler=sampler)
-        episodes.append([e.ids for e in played])
-        tokens.append(int(sum(read)))
     assert episodes[0] == episodes[1] and tokens[1] < 0.6 * tokens[0]
     assert len({len(e.turns) for e in played}) > 1  # some retired on the way
 
