@@ -489,7 +489,8 @@ def _spread_blocks(s, m, k, blocks):
         blocks = m // down, k // across  # a size of its own, as for experts, that the grid shows
     if (down, across) != _grid((m, k), blocks):
         return None
-    return s.repeat_interleave(blocks[0], -2)[..., :m, :].repeat_interleave(blocks[1], -1)[..., :k]
+    rows, columns = min(blocks[0], m), min(blocks[1], k)  # a block may be larger than the matrix, and said to be huge
+    return s.repeat_interleave(rows, -2)[..., :m, :].repeat_interleave(columns, -1)[..., :k]
 
 # %% ../nbs/03a_checkpoint.ipynb #da1d1523
 def _spread(scale, shape, blocks, name):
@@ -1492,6 +1493,13 @@ def same_name(
     return alike[0] if len(alike) == 1 else None
 
 # %% ../nbs/03a_checkpoint.ipynb #f0b9036a
+def _names_adapter(base):
+    "Whether a base's name is that of an adapter, which may be the very one that is laid over it."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when it is opened
+        return isinstance(base, (str, os.PathLike)) and is_adapter(locate(base))
+
+
 @patch
 def _open_base(self: Checkpoint, base, config):
     "The checkpoint that this adapter is laid over."
@@ -1500,8 +1508,7 @@ def _open_base(self: Checkpoint, base, config):
     if base is None:
         raise CheckpointError(f"{self.path / 'adapter_config.json'} does not name its base: {how}")
     try:
-        base = locate(base) if isinstance(base, (str, os.PathLike)) else base
-        opened = None if isinstance(base, Path) and is_adapter(base) else as_checkpoint(base)
+        opened = None if _names_adapter(base) else as_checkpoint(base)
     except CheckpointError as e:
         raise CheckpointError(f"{self.path} is an adapter, and its base cannot be opened ({e}): {how}") from e
     if opened is None or opened.overlay:

@@ -30,6 +30,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+# %% ../nbs/06c_study.ipynb #efac7c85
 from .book import claimed
 from .checkpoint import Checkpoint
 from .folders import print_table, write_json, write_rows

@@ -133,6 +133,37 @@ def test_everything_is_as_it_was(end, monkeypatch, capsys):
     assert seen[0][0] is not before[0] and seen[0][4]["MPLBACKEND"] == "Agg"
 
 
+@pytest.mark.parametrize("name, said", [("recover", "stopped\n"), ("compare", "stopped; the same command goes on")])
+def test_sigterm_is_taken_for_ctrl_c(name, said, tmp_path):
+    "What a command has begun is put away, and the number is the one of the signal."
+    code = (
+        "import os, signal, sys, tempfile, time\nfrom importlib import import_module\nfrom gp_spectral import cli\n"
+        "def run(args):\n"
+        "    with tempfile.TemporaryDirectory(dir='.'):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        f"name = {name!r}\nsetattr(import_module('gp_spectral.' + cli.COMMANDS[name].module), 'run_' + name, run)\n"
+        "words = [name, 'a', 'b'] if name == 'compare' else [name, 'a', '--donor', 'b', '--out', 'c']\n"
+        "code = cli.main(words)\nassert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 143 and said in done.stderr and list(tmp_path.iterdir()) == [], done.stderr
+
+
+def test_a_full_disk_is_told_with_the_remedy(monkeypatch, capsys):
+    class Odd(Exception):
+        "As of safetensors, which knows no errno."
+
+    for e in (Odd("I/O error: No space left on device (os error 28)"), OSError(28, "No space left on device")):
+
+        def run(args, e=e):
+            raise e
+
+        during(monkeypatch, run)
+        code, _, err = said(capsys, "spectrum", "x")
+        assert code == 2 and err.endswith("; make room, and start the same command again\n") and err.count("\n") == 1
+
+
 def test_warnings_are_notes():
     code = (
         "import warnings\nfrom gp_spectral import cli, svd\n"

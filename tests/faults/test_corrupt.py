@@ -17,10 +17,12 @@ COMMANDS = {
     "spectrum": ["spectrum", "bad", "--table", "out"],
     "drift": ["drift", "bad", "base", "--prompts", "prompts.txt", "--table", "out"],
 }
-# What a command does not look at cannot trouble it. compare counts a norm that is not finite among what it left out;
-# recover tells of a matrix that only the donor has, or only the target has as one, in a note, and repairs the others.
+# What a command does not look at cannot trouble it: spectrum shows the matrices that there are. compare counts a norm
+# that is not finite among what it left out; recover tells of a matrix that only one of the two has in a note, and repairs
+# the others.
 UNSEEN = {("spectrum", "infinity in a norm"), ("compare", "infinity in a norm")}
-UNSEEN |= {("spectrum", f"a matrix {x}") for x in ("is missing", "that is a vector")}
+UNSEEN |= {("spectrum", f"a matrix {x}") for x in ("is missing", "that is a vector", "without rows")}
+UNSEEN |= {("spectrum", "integers instead of weights")}
 UNSEEN |= {("recover", f"a matrix {x}") for x in ("without rows", "is missing", "that is a vector")}
 # a model is loaded to see its drift, which takes its time: most kinds are tried with --slow
 LOADED = {"cut in the tensors", "header of brackets", "nan in a matrix", "a pickle instead", "a shard is missing"}
@@ -65,7 +67,7 @@ def test_what_is_not_damaged_is_read(command, of, room, monkeypatch, capsys):
         shutil.rmtree(room / "bad")
 
 
-@pytest.mark.parametrize("command, name", cases())
+@pytest.mark.parametrize("command, name", [*cases()])
 def test_a_corrupt_checkpoint_is_refused(command, name, room, monkeypatch, capsys):
     damage, words, of = KINDS[name]
     monkeypatch.chdir(room)

@@ -4,7 +4,7 @@ import pytest
 
 from .growth import BOUND, LARGE, measured
 
-QUICK = {"open a checkpoint", "pair in the explorer"}
+QUICK = {"open a checkpoint"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in LARGE])
