@@ -11,9 +11,8 @@ __all__ = ['alt', 'BAND_COLORS', 'TURNED', 'DEGREES', 'LONGEST', 'MOST_HEAD', 'T
            'hand_cards', 'what_turned', 'turned_most', 'library', 'chart_json', 'write_page']
 
 # %% ../nbs/03c_page.ipynb #142b05c1
-import importlib.util
-import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import jinja2
@@ -25,18 +24,17 @@ from .folders import atomic
 from .svd import checkpoint_style
 
 # %% ../nbs/03c_page.ipynb #b845107b
-def _when_used(name):
-    "A module that is loaded when something of it is first asked for, after the recipe in Python's documentation."
-    spec = importlib.util.find_spec(name)
-    if name in sys.modules or spec is None:
-        return importlib.import_module(name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class _WhenUsed:
+    "A module that is loaded when something of it is first asked for."
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, what):
+        return getattr(import_module(self._name), what)
 
 
-alt = _when_used("altair")
+alt = _WhenUsed("altair")
 
 # %% ../nbs/03c_page.ipynb #17c6ac5b
 BAND_COLORS = {"head": "#D55E00", "bulk": "#999999", "tail": "#0072B2"}

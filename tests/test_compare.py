@@ -570,7 +570,9 @@ sys.exit(cli.main())
 """
 
 
-@pytest.mark.parametrize("processes, late", [(2, 0), (4, 0), (2, 1)])
+@pytest.mark.parametrize(
+    "processes, late", [(2, 0), pytest.param(4, 0, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)]
+)
 def test_several_processes_give_the_same_bits(trio, tmp_path, processes, late):
     "Also when every process but the first is late after each meeting point."
     (tmp_path / "lagging.py").write_text(LAGGING)

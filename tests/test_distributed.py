@@ -302,7 +302,8 @@ def test_ppo_equals_one_process(tmp_path, alone, what, how, processes):
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(many / "curve.parquet"))
 
 
-@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_rejection_fine_tuning_equals_one_process(tmp_path, alone, how):
     "What is kept of a minibatch divides even less."
     one, two = alone("rft"), run(tmp_path, "two", "rft", how)
@@ -369,6 +370,7 @@ def test_sft_equals_one_process(tmp_path, alone, what, how):
     pd.testing.assert_frame_equal(pd.read_parquet(one / "curve.parquet"), pd.read_parquet(two / "curve.parquet"))
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_program(tmp_path):
     "PPO has weights of two types, for which FSDP2 needs a group of its own; DeepSpeed has batches of two sizes."
     run(tmp_path, "both", "both", "fsdp2", dtype="bfloat16")
@@ -376,7 +378,7 @@ def test_two_trainings_in_one_program(tmp_path):
     run(tmp_path, "zero2", "both", "zero2")
 
 
-@pytest.mark.parametrize("how", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("how", [pytest.param("fsdp2", marks=slow), "zero2", "zero3"])
 def test_16_bits_do_not_reach_the_checkpoint(tmp_path, how):
     "DeepSpeed trains a rounded copy of the weights: written as they are, steps of 1e-6 would be lost."
     if how != "fsdp2":

@@ -34,10 +34,10 @@ def script():
 
 
 # the trainings take minutes: with --slow, and so in the weekly job
-LONG = [pytest.param(part, marks=pytest.mark.slow) for part in ("smollm2", "training", "large")]
+LONG = [pytest.param(part, marks=pytest.mark.slow) for part in ("right", "smollm2", "training", "large")]
 
 
-@pytest.mark.parametrize("part", ["right", "spectral", *LONG])
+@pytest.mark.parametrize("part", ["spectral", *LONG])
 def test_rehearsal(tmp_path, part):
     done = check("--out", tmp_path, "--rehearse", "--only", part, "--minutes", 8)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -523,7 +523,7 @@ def test_forecast(tmp_path):
     assert new.to_go() == pytest.approx(2 * rest) and said[-1].startswith("base    taught") and len(said) == 1
     assert bar(workers=2).to_go() == pytest.approx(rest / 2)
     guess, one = new.guess, bar(1)
-    chain = guess["sft"] + guess["ppo"] + guess["evaluations"]  # however many workers: these wait for each other
+    chain = sum(guess[x] for x in ("sft", "ppo", "evaluations", "recovery"))  # these wait for each other
     assert bar(1, workers=99).to_go() == pytest.approx(chain)
     asked, sft = one.left[:2]
     one.elsewhere(sft)

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -103,12 +102,11 @@ def sentences_of_the_page(n, room):
 
 
 @large(1_000_000, "rows")
-def pair_in_the_explorer(n, room):
-    from gp_spectral.explore import matrices, pair_angles
+def map_of_the_explorer(n, room):
+    from gp_spectral.page import furthest, map_rows
 
     table = angles(n)
-    study, (base, other) = SimpleNamespace(tables=dict(angles=table, spectrum=table)), table[["base", "other"]].iloc[0]
-    return lambda: (matrices(study), pair_angles(study, base, other, table.seed.iloc[0]))
+    return lambda: furthest(map_rows(table))
 
 
 @functools.cache
