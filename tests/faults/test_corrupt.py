@@ -18,8 +18,8 @@ COMMANDS = {
     "drift": ["drift", "bad", "base", "--prompts", "prompts.txt", "--table", "out"],
 }
 # What a command does not look at cannot trouble it: spectrum shows the matrices that there are. compare counts a norm
-# that is not finite among what it left out; recover tells of a matrix that only one of the two has in a note, and repairs
-# the others.
+# that is not finite among what it left out; recover tells of a matrix that only one of the two has in a note, and
+# repairs the others.
 UNSEEN = {("spectrum", "infinity in a norm"), ("compare", "infinity in a norm")}
 UNSEEN |= {("spectrum", f"a matrix {x}") for x in ("is missing", "that is a vector", "without rows")}
 UNSEEN |= {("spectrum", "integers instead of weights")}
