@@ -520,6 +520,10 @@ def map_arguments(
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=V,V", help="a map for each value")
     parser.add_argument("--out", default="runs", help="the folder is OUT/PRESET, with KEY=VALUE below it")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that share the stages, as of `study`")
+    parser.epilog = (
+        "The bases of tiny-map lie in the repository (nbs/studies/rule/bases): run it from there, or name models\n"
+        "of your own with --set bases='A B'. `--set bases= --set model=tiny-rule` takes the one that is shipped."
+    )
 
 
 def run_map(
