@@ -352,7 +352,7 @@ def test_fsdp2_in_16_bits_rounds_nothing_that_PPO_compares(tmp_path):
 @pytest.mark.parametrize(
     "what, how",
     [
-        ("sft", "ddp"),
+        pytest.param("sft", "ddp", marks=slow),
         pytest.param("sft lora", "ddp", marks=slow),
         ("sft", "fsdp2"),
         pytest.param("sft lora", "fsdp2", marks=slow),

@@ -267,6 +267,7 @@ def moves_everything(browser):
     changes(lambda: browser.find_element(By.CSS_SELECTOR, ".noUi-handle").send_keys(Keys.ARROW_RIGHT), "25%")
 
 
+@pytest.mark.slow  # the app shows the same widget in a browser, in each run
 def test_the_widget_in_jupyterlab(lab, tmp_path):
     cell = f"from gp_spectral.explore import explore\nexplore({str(SHIPPED)!r})"
     kernel = dict(name="python3", display_name="python3", language="python")
