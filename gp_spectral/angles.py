@@ -9,8 +9,9 @@ __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS_AMONG', 'INTRUDER_COSINE', 'A
            'principal_angles', 'band_size', 'band_slices', 'forced_zeros', 'random_angles', 'rounding_std',
            'null_sigma', 'effective_dtype', 'floor_angles', 'degenerate_cuts', 'verdict', 'isotropic_angle',
            'band_angles', 'frobenius_norm', 'block_energy', 'delta_energy', 'count_intruders', 'intruder_dimensions',
-           'Comparison', 'read_comparison', 'compare_all', 'compare', 'several_stacks', 'band_summary', 'angle_profile',
-           'plot_profile', 'plot_angles', 'plot_map', 'compare_arguments', 'run_compare', 'print_comparison']
+           'energy_share', 'Comparison', 'read_comparison', 'compare_all', 'compare', 'several_stacks', 'band_summary',
+           'angle_profile', 'plot_profile', 'plot_angles', 'plot_map', 'compare_arguments', 'run_compare',
+           'print_comparison']
 
 # %% ../nbs/04_angles.ipynb #38524d61
 import argparse
@@ -398,6 +399,16 @@ def intruder_dimensions(
 ) -> int:
     "How many of the new vectors resemble none of the old ones (Shuttleworth et al., 2024, definition 1)."
     return count_intruders(matmul(old.T, new), below)
+
+# %% ../nbs/04_angles.ipynb #fad7ecca
+def energy_share(
+    changes: pd.DataFrame,  # of a `Comparison`: one base, a row per matrix and other checkpoint
+    column: str = "dw_head_head",  # of `delta_energy`
+) -> pd.Series:  # by other checkpoint; NaN where nothing has changed
+    "Which part of ‖ΔW‖², over all matrices, a column of a comparison stands for."
+    size = (changes.weight_change * changes.spectral_norm_base) ** 2 * changes.stable_rank_base
+    sums = pd.DataFrame(dict(part=size * changes[column], all=size)).groupby(changes.other).sum()
+    return (sums.part / sums["all"]).rename(column)
 
 # %% ../nbs/04_angles.ipynb #bba977a0
 class Comparison(NamedTuple):

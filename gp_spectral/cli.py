@@ -45,6 +45,12 @@ _STUDIES = {
         ("map", "map --vary sft_lr=2e-4,5e-4 --seeds 2 --out maps"),
         goes_on=True,
     ),
+    "tradeoff": Command(
+        "tradeoff",
+        "ways to run SFT, compared at equal success under the trained rule: which keeps more of the other?",
+        ("tradeoff --vary sft_lr=2e-4,5e-4,1e-3 --seeds 2",),
+        goes_on=True,
+    ),
 }
 
 # %% ../nbs/08_cli.ipynb #be8aab10

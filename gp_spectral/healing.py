@@ -23,13 +23,13 @@ from matplotlib.colors import to_rgb
 from scipy import stats
 
 # %% ../nbs/06d_healing.ipynb #d24f65fe
-from .angles import compare_all
+from .angles import compare_all, energy_share
 from .book import write_table
 from .checkpoint import Checkpoint
 from .folders import atomic
 from .models import load_model
 from .page import TEMPLATES, chart_json, library
-from .preset import load_preset, preset_arguments, preset_of
+from .preset import grid, load_preset, preset_arguments, preset_of
 from .report import MARGIN, interval
 from .stages import Cell, Study, answer_divergence, answered, in_one_process, no_signal, stage, trained_in
 from .study import run_all
@@ -68,20 +68,13 @@ def stage_seconds(
     return told | dict(asked=each * answer, answers=(2 + len(self.twins)) * each * answer)
 
 # %% ../nbs/06d_healing.ipynb #da1c07c7
-def _head_share(changes):
-    "The share of ‖ΔW‖² between head directions, over all matrices, by checkpoint."
-    norm = changes.weight_change * changes.spectral_norm_base * np.sqrt(changes.stable_rank_base)
-    size = norm**2
-    return (size * changes.dw_head_head).groupby(changes.other).sum() / size.groupby(changes.other).sum()
-
-
 def _forgetting(study, named):
     "A row per checkpoint: divergence from the base on right ID answers, relative change of all weights, head share."
     opened = [Checkpoint(path, label=name) for name, path in named.items()]
     told = dict(fraction=study.preset.band, progress=False, cache=False, workers=study.at_once)
     comparison = compare_all(opened, **told)
     sums = comparison.parts.groupby("other")[["change_norm", "weight_norm"]].agg(lambda x: (x**2).sum())
-    change, head = (sums.change_norm / sums.weight_norm) ** 0.5, _head_share(comparison.changes)
+    change, head = (sums.change_norm / sums.weight_norm) ** 0.5, energy_share(comparison.changes)
     task, (base, tokenizer) = study.tasks["ID"], load_model(named["base"], "float32")
     asked, rows = answered(task, study.preset.curve_problems), []
     for name in [name for name in named if name != "base"]:
@@ -471,17 +464,6 @@ def write_map(
         part.write_text(page, encoding="utf-8")
     return study.root / "report.html"
 
-# %% ../nbs/06d_healing.ipynb #3c5cb9e3
-def _combinations(vary):
-    "A dict of settings for each point of a grid, of texts such as 'sft_lr=2e-4,5e-4'."
-    axes = []
-    for text in vary:
-        key, equals, values = text.partition("=")
-        if not equals or not all(values.split(",")):
-            raise ValueError(f"--vary {text}: expected KEY=VALUE,VALUE,…, for instance sft_lr=2e-4,5e-4")
-        axes.append([(key.strip(), value.strip()) for value in values.split(",")])
-    return [dict(point) for point in itertools.product(*axes)]
-
 # %% ../nbs/06d_healing.ipynb #6dd4e534
 def healing_map(
     preset: str = "tiny-map",  # a preset's name
@@ -495,7 +477,7 @@ def healing_map(
 ) -> list:  # of report.html files, one a map
     "Runs every stage of a map that is not finished, and writes its tables and its page."
     pages = []
-    for point in _combinations(vary):
+    for point in grid(vary):
         told = (overrides or {}) | point
         chosen = load_preset(preset, told)
         where = Path(out) / preset / ",".join(f"{k}={v}" for k, v in point.items())

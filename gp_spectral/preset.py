@@ -6,11 +6,12 @@ Docs: https://gp-spectral.github.io/gp_spectral/preset.html.md"""
 
 # %% auto #0
 __all__ = ['SHARED', 'Game', 'Preset', 'load_preset', 'preset_names', 'preset_arguments', 'setting_help', 'setting_argument',
-           'preset_of', 'settings_table', 'preset_from', 'read_preset', 'settings_arguments', 'run_settings']
+           'preset_of', 'settings_table', 'grid', 'preset_from', 'read_preset', 'settings_arguments', 'run_settings']
 
 # %% ../nbs/06_preset.ipynb #6e442f2d
 import argparse
 import configparser
+import itertools
 import json
 import warnings
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -22,6 +23,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .config import Config, describe, option
+from .constraint import CONSTRAINTS
 from .env import GeneralPoints
 from .grpo import GRPOConfig
 from .ppo import PPOConfig
@@ -130,6 +132,8 @@ class _Arms(_Keyed):
 
     sft_splits: tuple[str, ...] = option(("train",), "whose hands SFT is dealt", choices=("train", "pretrain"))
     sft_rules: str = option("one", "many: SFT under other readings of J, Q, K in each problem", choices=("one", "many"))
+    sft_constraint: str = option("none", "what SFT may change of the weights", choices=tuple(CONSTRAINTS))
+    sft_strength: float = option(1.0, "of the penalty that sft_constraint names: rpsft or l2", least=0)
     rl: str = option(
         "ppo", "the others take what they know of the keys of ppo; rft: no RL", choices=("ppo", "grpo", "rloo", "rft")
     )
@@ -159,6 +163,8 @@ class Preset(_Arms, _Measured, _Trainings, Game):
             self.refuse("rl_hands", "train, or a number of sft_hands that leaves hands unseen")
         if self.rl_hands == "unseen" and self.rl_splits != self.sft_splits:
             self.refuse("rl_hands", "train where rl_splits are not sft_splits: SFT was not given those")
+        if self.lora and self.sft_constraint != "none":
+            self.refuse("sft_constraint", "none beside lora, which is a constraint itself")
         if not self.tops:
             self.refuse("tops", "at least one share of the ranks")
         if 1.0 not in self.ppo_starts:
@@ -403,6 +409,24 @@ def settings_table(
         for name in [r["name"]]
     ]
     return pd.DataFrame(rows)
+
+# %% ../nbs/06_preset.ipynb #ceba9d34
+def _axis(text):
+    "The settings of each point along one axis of a grid."
+    keys, equals, values = text.partition("=")
+    points = [value.split("+") for value in values.split(",")]
+    names = [key.strip() for key in keys.split("+")]
+    if not equals or not all(all(point) and len(point) == len(names) for point in points):
+        told = "expected KEY=VALUE,VALUE,…, for instance sft_lr=2e-4,5e-4"
+        raise ValueError(f"{text!r}: {told}, or KEY+KEY=VALUE+VALUE,… for keys that go together")
+    return [dict(zip(names, (x.strip() for x in point))) for point in points]
+
+
+def grid(
+    vary,  # texts such as 'sft_lr=2e-4,5e-4', one an axis
+) -> list:  # of {key: text}
+    "The points of a grid, as overrides of a preset; a `ValueError` shows how one is written."
+    return [{k: v for axis in point for k, v in axis.items()} for point in itertools.product(*map(_axis, vary))]
 
 # %% ../nbs/06_preset.ipynb #dc28cf4a
 def preset_from(

@@ -290,13 +290,13 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 # %% ../nbs/01_sft.ipynb #e0f0e5b6
-def _run_trl(network, tokenizer, data, args, curve, lora, progress):
-    "TRL's trainer with our callbacks, from the beginning or from the state that the book names."
+def _run_trl(network, tokenizer, data, args, callbacks, curve, lora, progress):
+    "TRL's trainer with these callbacks and ours, from the beginning or from the state that the book names."
     given = dict(model=network, args=one_gpu(args), train_dataset=data, processing_class=tokenizer)
     disable_progress_bars()
     with no_future_warnings():
         adapters = lora_config(lora) if lora else None
-        trainer = _trainer_class(network)(**given, callbacks=[curve], peft_config=adapters)
+        trainer = _trainer_class(network)(**given, callbacks=[*callbacks, curve], peft_config=adapters)
     enable_progress_bars()
     if progress and world().is_main_process:
         trainer.add_callback(_Bar())
@@ -315,12 +315,14 @@ def train_sft(
     tokenizer: Any = None,  # of a model that comes alone
     progress: bool = True,  # whether to show a bar
     trackers: tuple = (),  # where else to log: 'tensorboard', 'wandb', 'trackio', …
+    callbacks: tuple = (),  # of transformers; those that change the training have a repr that says how
     **settings,  # of `SFTConfig`, by name; they go before those of `config`
 ) -> pd.DataFrame:  # step, loss, rule, set ('validation' or 'seen'), rate, low, high, …, wrong_rule, read
     "SFT on one rule, measured on all; goes on where it was when `out` holds an unfinished run with these settings."
     config, eval_tasks = _exact(SFTConfig.of(config), settings), eval_tasks or {"ID": task}
     micro, accumulate = _passes(config)
     run = asdict(config) | model_record(model) | dict(task=task_name(task), eval_tasks=task_names(eval_tasks))
+    run |= dict(callbacks=list(map(_name_of, callbacks))) if callbacks else {}
     with TrainerBook.open(out, run, made="step-*") as book:
         if not book.finished:
             set_seed(config.seed)
@@ -333,10 +335,16 @@ def train_sft(
             curve = _Curve(book, config, tokenizer, measure)
             with accumulating(accumulate):
                 args = _arguments(config, micro, accumulate, trackers, book.trainer)
-                _run_trl(network, tokenizer, data, args, curve, config.lora, progress)
+                _run_trl(network, tokenizer, data, args, callbacks, curve, config.lora, progress)
         return book.finish()
 
 # %% ../nbs/01_sft.ipynb #2c9ed34b
+def _name_of(callback):
+    "What a record calls a callback: its repr, where it has one of its own."
+    cls = type(callback)
+    return cls.__name__ if cls.__repr__ is object.__repr__ else repr(callback)
+
+
 def _exact(config, settings):
     "A config with some settings changed, and as a record wants it: the arithmetic by its name, the steps in order."
     config = replace(config, **settings)

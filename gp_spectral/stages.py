@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from .angles import compare_all
 from .book import claimed, write_table
 from .checkpoint import Checkpoint
+from .constraint import Constraint
 from .env import CARDS, Problem, hand_splits, steps_to
 from .folders import write_json
 from .grpo import check_launch as check_grpo
@@ -450,6 +451,14 @@ def depends(
     return {k: v for k, v in asdict(self.preset).items() if k.startswith(beginnings) or k in always} | more
 
 # %% ../nbs/06a_stages.ipynb #76ca94a2
+def _constraints(preset, model, seed):
+    "The callbacks that hold SFT to what the preset lets it change."
+    what = preset.sft_constraint
+    if what == "none":
+        return ()
+    return (Constraint(what, resolve(model), preset.band, preset.sft_strength, seed),)
+
+
 @patch
 def sft_from(
     self: Study,
@@ -461,7 +470,7 @@ def sft_from(
     end = self.preset.sft.steps
     at = sorted({end, *self.starts, *self.preset.sft_at})
     config = replace(self.preset.sft, steps=max(end, *self.starts), at=at, seed=seed)
-    told = dict(progress=self.progress, trackers=self.trackers)
+    told = dict(progress=self.progress, trackers=self.trackers, callbacks=_constraints(self.preset, model, seed))
     task = self.preset.tasks(self.preset.sft_splits)["ID"]
     task = ManyRules(task) if self.preset.sft_rules == "many" else task
     return train_sft(model, out, task, self.tasks, config, **told)
@@ -567,7 +576,8 @@ def sft(
 ) -> Path:
     "The stage of SFT."
     base = self.teach(self.number(seed))
-    asked = self.depends("sft", "curve", seed=seed, steps=self.starts)
+    free = self.preset.sft_constraint == "none"
+    asked = self.depends("sft", "curve", *(() if free else ("band",)), seed=seed, steps=self.starts)
     return stage(self.folder(seed) / "sft", asked, [base], lambda part: self.sft_from(base, part, seed))
 
 # %% ../nbs/06a_stages.ipynb #5dbdac30
