@@ -321,10 +321,10 @@ def _arms_of(vary):
     if other or points == [{}]:
         told = f"{other[0]} is no setting of SFT" if other else "--vary is missing"
         raise ValueError(f"{told}: give the arms, for instance --vary sft_lr=2e-4,5e-4")
-    keys = [next(iter(x)) for x in (dict([axis]) for axis in points[0].items())]
     first = [text.split("=")[0].split("+")[0].strip() for text in vary]
-    assert set(first) <= set(keys)
-    return {", ".join(point[key] for key in first): point for point in points}
+    short = [", ".join(point[key] for key in first) for point in points]
+    names = short if len(set(short)) == len(short) else [" ".join(point.values()) for point in points]
+    return dict(zip(names, points))
 
 # %% ../nbs/06e_tradeoff.ipynb #570f9a04
 def tradeoff(
