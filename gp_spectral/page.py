@@ -7,8 +7,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/page.html.md"""
 # %% auto #0
 __all__ = ['alt', 'BAND_COLORS', 'TURNED', 'DEGREES', 'LONGEST', 'MOST_HEAD', 'TEMPLATES', 'map_rows', 'change_words',
            'shown_ranks', 'sigma_rows', 'change_rows', 'sigma_lines', 'change_lines', 'profile_rows', 'energy_rows',
-           'furthest', 'turn_map', 'success_chart', 'training_chart', 'reach', 'dial_rows', 'recovery_dial',
-           'hand_cards', 'what_turned', 'turned_most', 'library', 'chart_json', 'write_page']
+           'furthest', 'turn_map', 'success_chart', 'training_chart', 'turning_chart', 'reach', 'dial_rows',
+           'recovery_dial', 'hand_cards', 'what_turned', 'turned_most', 'library', 'chart_json', 'write_page']
 
 # %% ../nbs/03c_page.ipynb #142b05c1
 from functools import cache
@@ -470,6 +470,43 @@ def training_chart(
     charts = [_curve_panel(_seeds_and_mean(t, v, by), *how) for t, v, *how in panels]
     chart = alt.concat(*charts, columns=3, spacing=22).resolve_scale(color="shared", strokeDash="shared")
     return chart.properties(usermeta=dict(panel=310))
+
+# %% ../nbs/03c_page.ipynb #6177c662
+def _turning_panel(rows, title, x, marks=None):
+    "Bands in degrees against the step; dashed, noise as large."
+    base = alt.Chart(rows, width=_WIDE, height=190, title=title).encode(
+        alt.X("step:Q", title=x, axis=alt.Axis(tickMinStep=1)),
+        alt.Y("value:Q", title="mean angle, degrees"),
+        alt.Color("band:N", scale=alt.Scale(domain=list(BAND_COLORS), range=list(BAND_COLORS.values())), legend=_LONG),
+        strokeDash=alt.StrokeDash("of:N", legend=_LONG, scale=alt.Scale(domain=list(_OF), range=[[1, 0], [4, 3]])),
+        detail=["seed:N"],
+        opacity=alt.condition("datum.seed == 'mean'", alt.value(1), alt.value(0.25)),
+        strokeWidth=alt.condition("datum.seed == 'mean'", alt.value(2.5), alt.value(1)),
+        tooltip=["band:N", "of:N", "seed:N", "step:Q", alt.Tooltip("value:Q", format=".3g")],
+    )
+    lines = base.mark_line(point=alt.OverlayMarkDef(size=14))
+    return alt.layer(*_marks(marks), lines) if marks else lines
+
+
+_OF = "as trained", "noise as large"
+_NAMES_OF = dict(zip(("mean", "isotropic"), _OF))
+
+# %% ../nbs/03c_page.ipynb #2f59dbdf
+def turning_chart(
+    turning,  # training ('sft' or 'rl'), step, band, mean, isotropic (radians), seed
+    marks=None,  # {step of SFT: names of checkpoints}
+    rl="RL",  # what the RL was
+) -> "alt.ConcatChart":
+    "Mean angle of each band to where a training started, along SFT and then along RL, beside noise as large."
+    zero = turning[["training", "band", "seed"]].drop_duplicates().assign(step=0, mean=0.0, isotropic=0.0)
+    long = pd.concat([zero, turning]).melt(["training", "step", "band", "seed"], list(_NAMES_OF), "of")
+    long = long.assign(of=long.of.map(_NAMES_OF), value=np.degrees(long["value"]))
+    rows = {name: _seeds_and_mean(t, "value", ["band", "of"]) for name, t in long.groupby("training")}
+    panels = [(rows["sft"], "SFT: turned from the base", _SFT_STEP, marks)]
+    if "rl" in rows:
+        panels.append((rows["rl"], f"then {rl}: turned from SFT_End", f"round of {rl}", None))
+    chart = alt.concat(*(_turning_panel(*p) for p in panels), columns=3, spacing=22)
+    return chart.resolve_scale(color="shared", strokeDash="shared").properties(usermeta=dict(panel=310))
 
 # %% ../nbs/03c_page.ipynb #5647f791
 def reach(

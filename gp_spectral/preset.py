@@ -155,7 +155,9 @@ class Preset(_Arms, _Measured, _Trainings, Game):
     teach_examples: int = option(4000, "different examples of that", least=1)
     teach_lr: float = option(2e-4, "its learning rate", above=0)
     ppo_starts: tuple[float, ...] = option((0.25, 1.0, 2.0), "where RL starts, in shares of sft_steps", above=0)
-    ppo_keep: tuple[int, ...] = option((), "rounds of PPO whose policy is kept beside the last", least=1)
+    ppo_keep: tuple[int, ...] = option(
+        (), "rounds of PPO whose policy is kept beside the last; those behind it are left out", least=1
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,8 +171,6 @@ class Preset(_Arms, _Measured, _Trainings, Game):
             self.refuse("tops", "at least one share of the ranks")
         if 1.0 not in self.ppo_starts:
             self.refuse("ppo_starts", "numbers above 0 with 1.0 (SFT_End) among them")
-        if any(k > self.ppo_iterations for k in self.ppo_keep):
-            self.refuse("ppo_keep", f"rounds, at most {self.ppo_iterations}")
 
 # %% ../nbs/06_preset.ipynb #89a3ad8e
 def _said(preset, training):

@@ -30,7 +30,7 @@ from .angles import angle_profile, plot_angles, plot_profile
 from .checkpoint import Checkpoint
 from .folders import atomic
 from .page import MOST_HEAD, TEMPLATES, chart_json, hand_cards, library, recovery_dial
-from .page import success_chart, training_chart, turn_map, turned_most
+from .page import success_chart, training_chart, turn_map, turned_most, turning_chart
 from .play import RULE_COLORS, success_rate
 from .preset import read_preset
 from .recovery import METHODS, load_methods, plot_recovery
@@ -815,9 +815,9 @@ def sentences(
 _STAGE_TABLES = dict(  # stage: its tables, which have a column for the seed
     evaluations=("evaluations", "forced", "sampled", "hands", "losses"),
     recovery=("recovery", "recovery_answers"),
-    spectra=("spectrum", "sigma", "angles", "parts", "profiles"),
+    spectra=("spectrum", "sigma", "angles", "parts", "profiles", "turning"),
 )
-_LATER = ("hands", "profiles")  # stages that were run before there were these go without
+_LATER = ("hands", "profiles", "turning")  # stages that were run before there were these go without
 
 
 def _stacked(parts):
@@ -1413,7 +1413,10 @@ def _training_part(tables, preset):
     end, rounds = preset.sft_steps, tables.get("ppo_curve")
     marks, losses = checkpoint_steps(tables, end), tables.get("losses")
     rounds = rounds[rounds.start == end] if rounds is not None else None
-    return dict(training=chart_json(training_chart(tables["sft_curve"], losses, rounds, marks, preset.rl.upper())))
+    chart = training_chart(tables["sft_curve"], losses, rounds, marks, preset.rl.upper())
+    turned = tables.get("turning")
+    turning = turned is not None and chart_json(turning_chart(turned, marks, preset.rl.upper()))
+    return dict(training=chart_json(chart), turning=turning or "")
 
 # %% ../nbs/06b_report.ipynb #f36cd4b5
 _FIRST = [_LABELS[a] + _LABELS[b] for a, b in (*_STEPS.values(), ("end", "noise"))]  # pairs that one asks for first
@@ -1448,8 +1451,12 @@ _PARTS = {  # table: (what is made of it, what it is called where it is missing)
     "recovery": (_dial_part, "edits (recovery)"),
     "hands": (_hands_part, "the words of the answers (hands)"),
 }
-_BESIDE_PARTS = {"spectrum": "singular values (spectrum)", "profiles": "sorted angles (profiles)"}
-_NOTHING = dict.fromkeys("success_chart found claims training map most noise dial hands hands_seed".split(), "")
+_BESIDE_PARTS = {
+    "spectrum": "singular values (spectrum)",
+    "profiles": "sorted angles (profiles)",
+    "turning": "angles through training (turning)",
+}
+_NOTHING = dict.fromkeys("success_chart found claims training turning map most noise dial hands hands_seed".split(), "")
 
 
 def _parts(tables, preset):

@@ -497,6 +497,11 @@ def _train(study, rl, model, out, task, seed, keep=()):
     return train_grpo(model, out, task, config, method=rl, **told)
 
 
+def _kept(preset):
+    "The rounds whose policy is kept."
+    return tuple(k for k in preset.ppo_keep if k < preset.ppo_iterations)
+
+
 @patch
 def rl_from(
     self: Study,
@@ -505,7 +510,7 @@ def rl_from(
     seed: int = 0,  # of sampling, and of the SFT that the checkpoint comes from
 ) -> pd.DataFrame:  # the curve
     "PPO, or what else the preset's `rl` names."
-    return _train(self, self.preset.rl, model, out, self.rl_task(seed), seed, self.preset.ppo_keep)
+    return _train(self, self.preset.rl, model, out, self.rl_task(seed), seed, _kept(self.preset))
 
 # %% ../nbs/06a_stages.ipynb #10fbf276
 GATE = 0.1, 0.6  # of the answers of RL's first round are right: with less or more there is no signal
@@ -833,9 +838,12 @@ PAIRS = [
 ]
 
 
+_UNKEPT = "noise", "comparison", "along"  # folders of a stage that are of no use when it is finished
+
+
 def _add_noise(named, seed, part, at_once):
     "SFT_End with noise of the size of RL's change, in part/noise; what a killed run has left is taken away."
-    for left in ("noise", "comparison"):
+    for left in _UNKEPT:
         shutil.rmtree(part / left, ignore_errors=True)
     told = dict(like="donor", seed=seed, progress=False, workers=at_once)
     recover(named["end"], named["rl"], part / "noise", method="random", **told)
@@ -852,8 +860,32 @@ def _write_spectra(opened, comparison, seed, part):
         ("spectrum", spectra),
     ):
         write_table(table.assign(seed=seed), part / f"{name}.parquet")
-    for left in ("noise", "comparison"):
+    for left in _UNKEPT:
         shutil.rmtree(part / left)
+
+# %% ../nbs/06a_stages.ipynb #7330d7a0
+def _along(study, seed):
+    "{(training, step): checkpoint} of a seed: along SFT to SFT_End, and along RL from there."
+    end, rl = study.preset.sft_steps, study.rl_folder(seed, study.preset.sft_steps)
+    steps = {int(f.name[5:]): f for f in sorted((study.folder(seed) / "sft").glob("step-*"))}
+    rounds = {int(f.name[6:]): f for f in sorted(rl.glob("round-*"))} | {study.preset.ppo_iterations: rl / "checkpoint"}
+    found = {("sft", step): f for step, f in steps.items() if 0 < step <= end}
+    return found | {("rl", n): f for n, f in rounds.items()}
+
+
+def _turning(study, seed, out):
+    "training, step, band, mean, isotropic: mean angles to where each training started, in radians."
+    named = _along(study, seed)
+    opened = [Checkpoint(study.base(study.number(seed)), label="base")]
+    opened += [Checkpoint(path, label=f"{training} {step}") for (training, step), path in named.items()]
+    at = {c.label: i for i, c in enumerate(opened)}
+    start = {"sft": 0, "rl": at[f"sft {study.preset.sft_steps}"]}
+    pairs = [(start[training], at[f"{training} {step}"]) for training, step in named]
+    told = dict(progress=False, details=False, cache=False, out=out, workers=study.at_once)
+    angles = compare_all(opened, pairs, study.preset.band, **told).angles
+    mean = angles.groupby(["other", "band"], sort=False)[["mean", "isotropic"]].mean().reset_index()
+    words = mean.pop("other").str.split(" ", expand=True)
+    return mean.assign(training=words[0], step=words[1].astype(int))
 
 # %% ../nbs/06a_stages.ipynb #ca587ad1
 @patch
@@ -871,6 +903,7 @@ def spectra(
         pairs, band = [(at[a], at[b]) for a, b in PAIRS], self.preset.band
         told = dict(progress=self.progress, out=part / "comparison", workers=self.at_once)
         comparison = compare_all(opened, pairs, band, **told)
+        _write(part / "turning.parquet", _turning(self, seed, part / "along").assign(seed=seed))
         in_one_process(lambda: _write_spectra(opened, comparison, seed, part))
 
     asked = self.depends("band", seed=seed)
