@@ -135,7 +135,8 @@ def curves(
 ) -> pd.DataFrame:  # arm, seed, base, step, ID, OOD, read (under the other rule)
     "A row per arm, repetition and step: shares of the test problems."
     arms = evaluations[["arm", "seed", "base"]].drop_duplicates()
-    table = pd.concat([evaluations, arms.merge(bases, on="base")], ignore_index=True)
+    at_start = arms.merge(bases[["base", "checkpoint", "rule", "solved_first", "read"]], on="base")
+    table = pd.concat([evaluations, at_start], ignore_index=True)
     table["step"] = table.checkpoint.astype(int)
     key = ["arm", "seed", "base", "step"]
     rates = table.groupby([*key, "rule"]).solved_first.mean().unstack("rule")

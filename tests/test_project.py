@@ -178,7 +178,20 @@ def test_help_is_light():
 # Two wings, each on a room of its own: what loads models, and what reads checkpoints. What is above stands on both.
 # A new module is in no list: it is on the ground, in a wing by what it imports, or, if it is named here, above.
 WINGS = {"models", "checkpoint"}
-ABOVE = {"preset", "stages", "workers", "study", "report", "healing", "tradeoff", "dial", "player", "explore", "app", "cli"}
+ABOVE = {
+    "preset",
+    "stages",
+    "workers",
+    "study",
+    "report",
+    "healing",
+    "tradeoff",
+    "dial",
+    "player",
+    "explore",
+    "app",
+    "cli",
+}
 MODULES = sorted(p.stem for p in (ROOT / "gp_spectral").glob("*.py") if p.stem[0] != "_")
 
 
