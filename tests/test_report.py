@@ -6,6 +6,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from gp_spectral import report
 from gp_spectral.report import CLAIMS_HEAD, claims, claims_rows, contrast, fieller, success_rows, verdict
 from gp_spectral.preset import Preset
@@ -429,6 +430,40 @@ def test_a_rise_below_the_margin_is_none():
     )
     assert row(0.0, -0.02, 0.02, side="<")["verdict"] == "not reproduced"
     assert row(0.0, -0.02, 0.02, unit="ratio")["verdict"] == "undecided"  # the margin is one of success
+
+
+def test_statistics_by_scipy():
+    "Student's interval and test are scipy's; Holm's adjustment is that of its paper."
+    x = np.random.default_rng(4).normal(0.3, 1, 6)
+    for level in (0.9, 0.95):
+        low, high = stats.ttest_1samp(x, 0).confidence_interval(level)
+        assert report.interval(x, level) == pytest.approx((x.mean(), low, high, 6))
+    assert report.p_value(report.interval(x), 0.1) == pytest.approx(stats.ttest_1samp(x, 0.1).pvalue)
+    assert report.interval([0.2])[1:3] == (-np.inf, np.inf)
+    # Holm (1979): the smallest of m counts m times, the next m - 1 times, and none less than one before it
+    assert report.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_two_ways_by_hand():
+    "A number per seed and hand: the variance of its mean is that of seeds, and of hands, less that of cells."
+    x = np.random.default_rng(5).normal(size=(4, 3)) + np.arange(4)[:, None] + 3 * np.arange(3)
+    rows = pd.DataFrame(dict(seed=np.repeat(range(4), 3), hand=np.tile(list("abc"), 4), x=x.ravel()))
+    part = lambda means, n: ((means - x.mean()) ** 2).sum() / (n * (n - 1))
+    expected = part(x.mean(1), 4) + part(x.mean(0), 3) - part(x.ravel(), 12)
+    mean, V, n = report.two_way(rows, ["x"])
+    assert n == 4 and mean[0] == pytest.approx(x.mean()) and V[0, 0] == pytest.approx(expected)
+
+
+def test_a_ratio_by_simulation():
+    "Fieller's interval covers the ratio in 95 % of studies, whose two numbers go together; it has no bounds near zero."
+    rng, inside = np.random.default_rng(6), 0
+    V = np.array([[0.04, 0.03], [0.03, 0.04]])
+    for _ in range(1000):
+        sample = rng.multivariate_normal([0.5, 1.0], V, 12)
+        _, low, high, _ = report.fieller(sample.mean(0), np.cov(sample.T) / 12, 12)
+        inside += low <= 0.5 <= high
+    assert 0.93 < inside / 1000 < 0.97  # standard error .7 points
+    assert report.fieller(np.array([0.5, 0.01]), V, 12)[1:3] == (-np.inf, np.inf)
 
 
 def test_what_could_have_been_decided_is_decided_that_often():

@@ -1,7 +1,5 @@
 """SFT under constraints, and SFT compared at equal success: what is held, what is run, and what is refused."""
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
@@ -12,7 +10,7 @@ from gp_spectral.constraint import CONSTRAINTS, Constraint
 from gp_spectral.preset import load_preset
 from gp_spectral.sft import train_sft
 from gp_spectral.stages import Study
-from gp_spectral.tradeoff import tradeoff
+from gp_spectral.tradeoff import at_equal, tradeoff
 
 LITTLE = dict(
     cards="3",
@@ -71,6 +69,21 @@ def test_curves_begin_at_the_base_and_end_at_the_last_step(made):
     asked = tables["evaluations"].query("arm == 'sigma' and checkpoint == '4' and rule == 'OOD'").solved_first
     assert tables["curves"].query("arm == 'sigma' and step == 4").OOD.item() == asked.mean()
     assert tables["beside"][["arm", "beside"]].values.tolist() == [["sigma", "embeddings"]]
+
+
+def test_equal_success_by_hand():
+    "Where a straight line crosses the level, and nowhere where it does not."
+    points = dict(
+        all=[(0, 0.2, 0.5), (4, 0.4, 0.3), (8, 0.6, 0.0)],
+        other=[(0, 0.2, 0.5), (8, 0.5, 0.2)],
+        none=[(0, 0.2, 0.5), (8, 0.3, 0.0)],
+    )
+    rows = [dict(arm=a, seed=1, base=0, step=s, ID=i, OOD=o, read=o) for a, p in points.items() for s, i, o in p]
+    equal = at_equal(pd.DataFrame(rows), "all", 0.75).set_index("arm")
+    assert equal.level.tolist() == pytest.approx([0.5] * 3) and equal.most["none"] == 0.3
+    assert equal.loc["all", ["OOD", "step", "lost"]].tolist() == pytest.approx([0.15, 6, 0.35])
+    assert equal.loc["other", ["OOD", "step"]].tolist() == pytest.approx([0.2, 8])
+    assert equal.loc["none", ["OOD", "read", "step", "lost"]].isna().all()
 
 
 def test_the_page_needs_no_network(made):
