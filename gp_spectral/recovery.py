@@ -295,7 +295,7 @@ class _Methods(dict):
 
 METHODS = _Methods()  # name -> `Method`
 
-
+# %% ../nbs/05_recovery.ipynb #c338e927
 def method(
     name: str,  # by which `recover` and the command line know it; one word
     top=0.2,  # its default: a share of the leading ranks, or a number of them
@@ -452,7 +452,7 @@ def _given(method, target, donor, known):
         )
     return found
 
-
+# %% ../nbs/05_recovery.ipynb #f4d69c31
 def _ask(method, target, donor, ranks, own, factors=None, norm=None, depth=None):
     "What a method makes of a matrix: an `Edit`, or the whole matrix."
     target, donor = check_pair(target, donor)
