@@ -263,7 +263,7 @@ class Method:
     line: str = "-"  # style of the line between its marks
     noted: bool = False  # whether a picture writes `top` beside its marks
     top: float = 0.2  # leading ranks where nothing is said: a share, or `Ranks`
-    ranks: bool = True  # whether it restores ranks; where not, it gets no factors
+    ranks: bool = True  # whether it restores ranks; where not, it gets factors only if it asks for them
     whole_layers: bool = False  # whether it copies tensors of layers, and edits no matrix
     steps: Steps = None  # for quick sweeps; None: each step is made anew
     asks: tuple = ()  # what it is given of `GIVEN`
