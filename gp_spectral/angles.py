@@ -8,10 +8,10 @@ Docs: https://gp-spectral.github.io/gp_spectral/angles.html.md"""
 __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS_AMONG', 'INTRUDER_COSINE', 'ANGLES_SHOWN', 'MOST_ROWS', 'SIDE_MARKERS',
            'principal_angles', 'band_size', 'band_slices', 'forced_zeros', 'random_angles', 'rounding_std',
            'null_sigma', 'effective_dtype', 'floor_angles', 'degenerate_cuts', 'verdict', 'isotropic_angle',
-           'band_angles', 'frobenius_norm', 'block_energy', 'delta_energy', 'count_intruders', 'intruder_dimensions',
-           'energy_share', 'Comparison', 'read_comparison', 'compare_all', 'compare', 'several_stacks', 'band_summary',
-           'angle_profile', 'plot_profile', 'plot_angles', 'plot_map', 'compare_arguments', 'run_compare',
-           'print_comparison']
+           'band_angles', 'frobenius_norm', 'block_energy', 'delta_energy', 'intruders', 'count_intruders',
+           'intruder_dimensions', 'energy_share', 'Comparison', 'read_comparison', 'compare_all', 'compare',
+           'several_stacks', 'band_summary', 'angle_profile', 'plot_profile', 'plot_angles', 'plot_map',
+           'compare_arguments', 'run_compare', 'print_comparison']
 
 # %% ../nbs/04_angles.ipynb #38524d61
 import argparse
@@ -384,12 +384,20 @@ INTRUDERS_AMONG = 10  # so many leading vectors are looked at
 INTRUDER_COSINE = 0.5  # a vector is an intruder when its largest |cosine| with an old one is below this
 
 
+def intruders(
+    cosines,  # (r, k) of k new vectors with all old ones
+    below=INTRUDER_COSINE,  # a vector is an intruder when its largest |cosine| is below this
+) -> Tensor:  # (k,) bool
+    "Which of the new vectors resemble none of the old ones."
+    return cosines.abs().max(0).values < below
+
+
 def count_intruders(
     cosines,  # (r, k) of k new vectors with all old ones
     below=INTRUDER_COSINE,  # a vector is an intruder when its largest |cosine| is below this
 ) -> int:
     "How many of the new vectors resemble none of the old ones."
-    return int((cosines.abs().max(0).values < below).sum())
+    return int(intruders(cosines, below).sum())
 
 # %% ../nbs/04_angles.ipynb #c812e06a
 def intruder_dimensions(

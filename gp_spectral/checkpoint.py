@@ -1133,6 +1133,15 @@ def _kinds_of(m):
     return {m.kind, m.kind.split(".")[-1], describe(m.tensor).kind}
 
 
+def _sizes(views):
+    "Stack -> number of its layers, by some matrices."
+    sizes = {}
+    for m in views:
+        if m.layer is not None:
+            sizes[m.stack] = max(sizes.get(m.stack, 0), m.layer + 1)
+    return sizes
+
+
 @patch
 def _chosen(self: Checkpoint, views, kinds, layers, include=()):
     "Those of some matrices that are of the kinds and in the layers, and those of the parts besides."
@@ -1140,10 +1149,7 @@ def _chosen(self: Checkpoint, views, kinds, layers, include=()):
     if missing:
         has = ", ".join(sorted({m.kind for m in views}))
         raise CheckpointError(f"{self.where} has no matrix of kind {sorted(missing)[0]!r}: it has {has}")
-    sizes = {}
-    for m in views:
-        if m.layer is not None:
-            sizes[m.stack] = max(sizes.get(m.stack, 0), m.layer + 1)
+    sizes = _sizes(views)
     keep = _stack_layers(layers, sizes or {"": self.n_layers}) if layers is not None else None
     wanted = lambda m: _kinds_of(m) & set(kinds) if kinds else m.layer is not None
     beside = lambda m: m.layer is None and self._part(m.tensor) in include
@@ -1170,6 +1176,20 @@ def matrices(
     packed = f"tensors inside the layers are left out, being packed or of unclear layout{self._about(unread)}"
     self._warn(unread, packed)
     return chosen
+
+# %% ../nbs/03a_checkpoint.ipynb #792aa46d
+@patch
+def depth(
+    self: Checkpoint,
+    m: Matrix,  # one of its matrices
+) -> float:  # 0 in the first layer of its stack, 1 in the last; outside of layers 1 for a head, 0 for all else
+    "Where in the model a matrix lies."
+    if m.layer is None:
+        return float(self._part(m.tensor) == "head")
+    if "sizes" not in self._listed:
+        self._listed["sizes"] = _sizes(self._views(False)[0])
+    last = self._listed["sizes"][m.stack] - 1
+    return m.layer / last if last else 1.0
 
 # %% ../nbs/03a_checkpoint.ipynb #393b9e5e
 @patch

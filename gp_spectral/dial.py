@@ -36,7 +36,7 @@ def _edited(job, m, known):
     "A matrix after the repair, as the model holds it; `known`: factors by name, those that are missing are added."
     before, donor = job.pair(m)
     known[m.name] = known.get(m.name) or job.factors(m)
-    told = dict(factors=known[m.name], options=options_for(job, m), **job.ranks)
+    told = dict(factors=known[m.name], options=options_for(job, m), depth=job.target.depth(m), **job.ranks)
     after = job.target.as_stored(m, edit_matrix(job.method.name, before, donor, **told))
     return after.T if m.transposed else after
 

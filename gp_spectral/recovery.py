@@ -15,6 +15,7 @@ __all__ = ['GIVEN', 'LIKE', 'METHODS', 'WHOSE', 'ANCHORED', 'SYMMETRIC', 'Ranks'
 # %% ../nbs/05_recovery.ipynb #a96125da
 import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -196,7 +197,8 @@ class Option(NamedTuple):
         raise ValueError(f"{self.name} = {value!r}: expected {expected}")
 
 # %% ../nbs/05_recovery.ipynb #66d686c5
-GIVEN = ("donor_matrix", "bands", "dtype", "norm")  # (m, n) float64; slices of the ranks; of the target; Frobenius norm
+# (m, n) float64; slices of the ranks; of the target; Frobenius norm; 0 (first layer) to 1 (last); (target's, donor's)
+GIVEN = ("donor_matrix", "bands", "dtype", "norm", "depth", "factors")
 LIKE = Option("like", str, "anchored", (), "the method whose size of edit it takes, or 'donor' for the whole way")
 _RANKS = ("top", "tail", "bulk")
 
@@ -261,7 +263,7 @@ class Method:
     line: str = "-"  # style of the line between its marks
     noted: bool = False  # whether a picture writes `top` beside its marks
     top: float = 0.2  # leading ranks where nothing is said: a share, or `Ranks`
-    ranks: bool = True  # whether it restores ranks; where not, it gets no factors
+    ranks: bool = True  # whether it restores ranks; where not, it gets factors only if it asks for them
     whole_layers: bool = False  # whether it copies tensors of layers, and edits no matrix
     steps: Steps = None  # for quick sweeps; None: each step is made anew
     asks: tuple = ()  # what it is given of `GIVEN`
@@ -282,9 +284,18 @@ class Method:
         return self.ranks or "norm" in self.asks
 
 # %% ../nbs/05_recovery.ipynb #e1530f21
-METHODS = {}  # name -> `Method`
+class _Methods(dict):
+    "A dict that looks for a name that it lacks where more methods come from."
+
+    def __missing__(self, name):
+        if name in load_methods():
+            return self[name]
+        raise KeyError(name)
 
 
+METHODS = _Methods()  # name -> `Method`
+
+# %% ../nbs/05_recovery.ipynb #c338e927
 def method(
     name: str,  # by which `recover` and the command line know it; one word
     top=0.2,  # its default: a share of the leading ranks, or a number of them
@@ -310,7 +321,8 @@ def method(
 
 # %% ../nbs/05_recovery.ipynb #aebb23a4
 def load_methods():
-    "Imports what installed packages name as entry points of `gp_spectral.methods`; gives `METHODS`."
+    "Imports our own further methods and the entry points of `gp_spectral.methods`; gives `METHODS`, complete."
+    importlib.import_module("gp_spectral.change")
     for plugin in entry_points(group="gp_spectral.methods"):
         try:
             plugin.load()
@@ -425,7 +437,23 @@ def _held(bands, s, shape, dtype):
     return [slice(b.start, min(b.stop, n)) for b in bands if b.start < n]
 
 # %% ../nbs/05_recovery.ipynb #be527cff
-def _ask(method, target, donor, ranks, own, factors=None, norm=None):
+def _given(method, target, donor, known):
+    "What a method asks for of `GIVEN`; `known`: what is known beforehand, None where it is not."
+    makes = dict(
+        donor_matrix=lambda: donor.to("cpu", torch.float64),
+        dtype=lambda: target.dtype,
+        factors=lambda: (factorize(target), factorize(donor)),
+    )
+    found = {k: makes[k]() if known.get(k) is None and k in makes else known[k] for k in method.asks}
+    if "depth" in found and found["depth"] is None:
+        raise ValueError(
+            f"method {method.name!r} needs depth, which a matrix by itself does not show: "
+            "0 in the first layer of its model, 1 in the last"
+        )
+    return found
+
+# %% ../nbs/05_recovery.ipynb #f4d69c31
+def _ask(method, target, donor, ranks, own, factors=None, norm=None, depth=None):
     "What a method makes of a matrix: an `Edit`, or the whole matrix."
     target, donor = check_pair(target, donor)
     if method.whole_layers:
@@ -442,11 +470,9 @@ def _ask(method, target, donor, ranks, own, factors=None, norm=None):
             return _nothing(target, factors)
         taken = _mask(len(factors[0].s), bands)
     if "norm" in method.asks and norm is None:
-        norm = _norm_like(own["like"], target, donor, ranks, factors)
-    given = dict(bands=bands, dtype=target.dtype, norm=norm)
-    if "donor_matrix" in method.asks:
-        given["donor_matrix"] = donor.to("cpu", torch.float64)
-    told = {k: v for k, v in own.items() if k != "like"} | {k: given[k] for k in method.asks}
+        norm = _norm_like(own["like"], target, donor, ranks, factors, depth)
+    known = dict(bands=bands, norm=norm, depth=depth, factors=factors)
+    told = {k: v for k, v in own.items() if k != "like"} | _given(method, target, donor, known)
     t, d = factors if method.ranks else (None, None)
     W = target.to("cpu", torch.float64, copy=True)  # the method's own
     return _sound(method, target, method.function(W, t, d, taken, **told))
@@ -471,9 +497,9 @@ def _result(target, made):
     return (W + made.L @ made.R).to(target.dtype) if made.L.shape[1] else target.clone()
 
 
-def _norm_like(like, target, donor, ranks, factors=None):
+def _norm_like(like, target, donor, ranks, factors=None, depth=None):
     "The size of the edit that the method `like` makes, as it is stored."
-    other = donor if like == "donor" else edit_matrix(like, target, donor, **ranks, factors=factors)
+    other = donor if like == "donor" else edit_matrix(like, target, donor, **ranks, factors=factors, depth=depth)
     return float((other.double() - target.double()).norm())
 
 
@@ -495,11 +521,12 @@ def edit_matrix(
     alpha=None,  # of interpolate
     like=None,  # of the controls of equal size
     seed=None,  # of what draws random numbers
+    depth=None,  # where the matrix lies, 0 (first layer) to 1 (last), for a method that asks for it
 ) -> Tensor:  # (m, n), dtype of the target
     "One matrix edited by a method of the registry."
     own = method_options(method, options, sigma=sigma, alpha=alpha, like=like, seed=seed)
     ranks = _ranks(method, top, tail, bulk)
-    return _result(target, _ask(METHODS[method], target, donor, ranks, own, factors, norm))
+    return _result(target, _ask(METHODS[method], target, donor, ranks, own, factors, norm, depth))
 
 # %% ../nbs/05_recovery.ipynb #de425307
 def edit_factors(
@@ -512,10 +539,11 @@ def edit_factors(
     sigma=None,  # whose singular values the restored directions carry, 'target' or 'donor'; None: the method's default
     factors=None,  # (target's, donor's) `Factors`, when already known
     options=None,  # of the method: name -> value
+    depth=None,  # where the matrix lies, 0 (first layer) to 1 (last), for a method that asks for it
 ) -> Edit:  # L (m, p), R (p, n): W' = W + L @ R; p = 0 when there is nothing to do
     "The edit of a method as two thin factors; a `ValueError` when it makes whole matrices."
     own, ranks = method_options(method, options, sigma=sigma), _ranks(method, top, tail, bulk)
-    made = _ask(METHODS[method], target, donor, ranks, own, factors)
+    made = _ask(METHODS[method], target, donor, ranks, own, factors, depth=depth)
     if not isinstance(made, Edit):
         raise ValueError(f"method {method!r} has no thin edit: it gives a whole matrix")
     return made
@@ -1187,10 +1215,11 @@ class _Edited(NamedTuple):
 
 def _edited(job, m):
     (before, donor), factors, own, norm = job.pair(m), job.factors(m), options_for(job, m), None
+    depth = job.target.depth(m)
     try:
         if "norm" in job.method.asks:
-            norm = _norm_like(own["like"], before, donor, job.ranks, factors)
-        made = _ask(job.method, before, donor, job.ranks, own, factors, norm)
+            norm = _norm_like(own["like"], before, donor, job.ranks, factors, depth)
+        made = _ask(job.method, before, donor, job.ranks, own, factors, norm, depth)
     except ValueError as e:
         raise CheckpointError(f"{m.name}: {e}") from e
     return _Edited(before, donor, _result(before, made), factors, made if isinstance(made, Edit) else None, norm)

@@ -923,7 +923,8 @@ def recovery_plan(
     plan += [dict(method="reset", layers=layers) for layers in ("first 25%", "last 25%", "first 50%", "first 100%")]
     plan += [dict(method=m, top=band, include="embeddings") for m in ("anchored", "interpolate_to_norm")]
     tried = {edit["method"] for edit in plan}
-    own = [m for m in load_methods().values() if m.name not in tried and not (m.needs or m.whole_layers)]
+    ours = lambda m: m.name in tried or m.function.__module__ == "gp_spectral.change"
+    own = [m for m in load_methods().values() if not (ours(m) or m.needs or m.whole_layers)]
     sizes = [dict(top=1.0 if m.top == 1.0 else band) if m.sized else {} for m in own]
     return plan + [dict(method=m.name) | size for m, size in zip(own, sizes)]
 

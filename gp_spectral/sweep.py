@@ -190,6 +190,7 @@ def sweep_matrix(
     band="head",  # 'head', 'tail', 'both' (k of either) or 'bulk'
     sigma=None,  # whose singular values the restored directions carry
     options=None,  # of the method: name -> value
+    depth=None,  # where the matrix lies, 0 (first layer) to 1 (last), for a method that asks for it
 ):  # yields (k, W_k) with k ascending; W_k (m, n) has the dtype of the target
     "The edited matrix for every k. Agrees with `recover` to a unit in the last place of 16 bits, to rounding in more."
     known, own = _can_be_sized(method), method_options(method, options, sigma=sigma)
@@ -198,7 +199,7 @@ def sweep_matrix(
     if not torch.equal(target, donor) and steps[-1].taken.any():
         factors = factors or (factorize(target), factorize(donor))
         steps = _held_only(steps, held_ranks(factors[1].s, donor.shape, donor.dtype))
-    anew = lambda step: edit_matrix(method, target, donor, **step.ranks, factors=factors, options=own)
+    anew = lambda step: edit_matrix(method, target, donor, **step.ranks, factors=factors, options=own, depth=depth)
     whose = own.get("sigma", "target")
     grows = known.steps and set(own) <= {"sigma"} and steps[-1].taken.any()
     grows = grows and not (known.steps.turn and whose == "donor")
@@ -240,7 +241,7 @@ def _sweep_rows(job, m, ks, band):
     W = job.target.as_stored(m, before)
     work = torch.float32 if W.dtype.itemsize <= 2 else torch.float64
     distance, energy = frobenius_norm(donor.to(work) - W.to(work)), frobenius_norm(W.to(work)) ** 2
-    told = dict(factors=factors, band=band, options=options_for(job, m))
+    told = dict(factors=factors, band=band, options=options_for(job, m), depth=job.target.depth(m))
     found = sweep_matrix(before, donor, ks, job.method.name, **told)
     steps = _held_only(_steps(min(m.shape), ks, band), held_ranks(factors[1].s, donor.shape, donor.dtype))
     for step, (k, after) in zip(steps, found):

@@ -27,6 +27,7 @@ from gp_spectral.recovery import (
     edit_factors,
     edit_matrix,
     interpolate,
+    load_methods,
     lora_factors,
     plot_recovery,
     random_merge,
@@ -502,10 +503,12 @@ def test_factors_that_were_stored_in_float32():
 # --- folders
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", load_methods())
 def test_recover(checkpoints, tmp_path, method):
     target, donor = checkpoints
-    out = recover(target, donor, tmp_path / "out", method, top=0.2, alpha=0.5, layers="first 2", progress=False)
+    own = dict(below=1.0) if method == "scale_intruders" else {}  # where nothing is new: all count as new
+    told = dict(top=0.2, alpha=0.5, layers="first 2", options=own, progress=False)
+    out = recover(target, donor, tmp_path / "out", method, **told)
     after, edited = Checkpoint(out), {m.name for m in target.matrices(layers=[0, 1])}
     settings, table = recovery_record(out)
     for name in target.names:
@@ -1150,7 +1153,7 @@ def test_include_on_the_command_line(tmp_path, capsys):
 @pytest.fixture
 def methods():
     "The table, which a test may add to."
-    before = dict(METHODS)
+    before = dict(load_methods())
     yield METHODS
     METHODS.clear()
     METHODS.update(before)
@@ -1407,7 +1410,7 @@ def test_methods_of_other_packages(tmp_path, monkeypatch, methods):
 def test_every_method_has_its_own_default(checkpoints, tmp_path):
     "top=None is the method's own default, wherever it is said."
     target, donor = checkpoints
-    for name, known in METHODS.items():
+    for name, known in load_methods().items():
         more = dict(alpha=0.5) if name == "interpolate" else {}
         record = recovery_record(recover(target, donor, tmp_path / name, name, progress=False, **more))[0]
         assert record["top"] == known.top == (1.0 if name == "sigma_only" else 0.2)
