@@ -321,8 +321,7 @@ def train_sft(
     "SFT on one rule, measured on all; goes on where it was when `out` holds an unfinished run with these settings."
     config, eval_tasks = _exact(SFTConfig.of(config), settings), eval_tasks or {"ID": task}
     micro, accumulate = _passes(config)
-    run = asdict(config) | model_record(model) | dict(task=task_name(task), eval_tasks=task_names(eval_tasks))
-    run |= dict(callbacks=list(map(_name_of, callbacks))) if callbacks else {}
+    run = _record(config, model, task, eval_tasks, callbacks)
     with TrainerBook.open(out, run, made="step-*") as book:
         if not book.finished:
             set_seed(config.seed)
@@ -343,6 +342,12 @@ def _name_of(callback):
     "What a record calls a callback: its repr, where it has one of its own."
     cls = type(callback)
     return cls.__name__ if cls.__repr__ is object.__repr__ else repr(callback)
+
+
+def _record(config, model, task, eval_tasks, callbacks):
+    "What a run is made of."
+    run = asdict(config) | model_record(model) | dict(task=task_name(task), eval_tasks=task_names(eval_tasks))
+    return run | (dict(callbacks=list(map(_name_of, callbacks))) if callbacks else {})
 
 
 def _exact(config, settings):
