@@ -328,10 +328,9 @@ def train_sft(
             network, tokenizer = open_model(model, tokenizer, config.dtype, to_train=True)
             seen, data = sft_dataset(task, config.examples, config.seed, config.hands)
             check_examples(network, tokenizer, task, seen, data)
-            measure = _measured(tokenizer, task, seen, eval_tasks, config.n_eval)
             book.begin()
             book.track(trackers)
-            curve = _Curve(book, config, tokenizer, measure)
+            curve = _Curve(book, config, tokenizer, _measured(tokenizer, task, seen, eval_tasks, config.n_eval))
             with accumulating(accumulate):
                 args = _arguments(config, micro, accumulate, trackers, book.trainer)
                 _run_trl(network, tokenizer, data, args, callbacks, curve, config.lora, progress)
