@@ -239,7 +239,6 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
     "any value is right": ("env", "", "judge", "value != problem.target", "False", ENV),
     "wrong numbers cost nothing": ("env", "", "judge", "REWARDS['wrong_number'] * len(wrong)", "0", ENV),
     "an open formula counts in part whatever its numbers": ("env", "", "judge", "(not wrong) and", "", ENV),
-    "the right rule is the other rule": ("env", "", "_other_rule", "used != here and", "", ENV),
     "what a step claims is believed": (
         "env",
         "",

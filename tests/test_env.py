@@ -17,6 +17,7 @@ from gp_spectral.env import (
     evaluate_formula,
     hand_splits,
     judge,
+    read_compact,
     solve,
     steps_to,
     verify,
@@ -188,6 +189,23 @@ def test_what_follows_an_answer_is_no_answer(key, after):
     problem = Problem(("3", "3", "8", "8"))
     expected = verify(problem, f'{{{key}"8/(3-8/3)=24"{after}', "paper").solved
     assert expected or (key == "formula: " and "formula: it" in after)  # of two bare keys the last one counts
+
+
+def test_zero_times_anything_is_zero():
+    assert {"(3 + 2) * (1 - 1)", "(1 - 1) / (3 + 2)"} <= set(solve([1, 1, 2, 3], 0))
+
+
+def test_what_the_judge_objects_to():
+    "Numbers that come too often, an open formula of other numbers, and a step that claims what it does not give."
+    problem = Problem(("3", "3", "8", "8"))
+    assert judge(problem, "8/(3-8/3)+3-3").error == "wrong_number"  # right in value, and nothing is left over
+    open_one, foreign = judge(problem, "8/(3-8/3"), judge(problem, "(4*6")
+    assert (open_one.reward, open_one.message) == (1, "partial solution") and foreign.reward == -3 - 2 - 2
+    believed = "3 3 8 8 = 3 3 8 8 ; 3 + 3 = 16 ; 16 8 8 ; 16 + 8 = 24 ; 24 8 ; 24 * 8 = 192"
+    said = judge(problem, read_compact(problem, believed))
+    assert said == verify(problem, believed) and said.error == "wrong_number" and "invalid numbers: [16]" in said.message
+    with pytest.raises(FormulaError, match="401 characters"):
+        evaluate_formula("1" + "+1" * 200)
 
 
 def test_solve_takes_integers():

@@ -253,6 +253,10 @@ def test_a_fall_is_reading_or_skill():
         assert at("at least half").verdict == ("reproduced" if lost == "reading" else "not reproduced")
         parts = at("this, reading").effect, at("this, solving").effect
         assert abs(sum(parts) + 0.32) < 0.06 and (parts[0] < parts[1]) == (lost == "reading")
+        told = ev.assign(read=read, solved_first=solved)[(ev.rule == "OOD") & (ev.allowed == 1)]
+        mean = told.groupby(["seed", "checkpoint"])[["read", "solved_first"]].mean()
+        whole = (mean.read * mean.solved_first).unstack("checkpoint")  # the two add up, whatever goes together
+        assert sum(parts) == pytest.approx((whole["end"] - whole["base"]).mean(), abs=1e-9)
 
 
 def test_bases_are_the_units_where_there_are_several():
@@ -312,8 +316,8 @@ def test_a_verdict_wants_the_whole_interval():
         assert verdict(0.51, 0.9, 0.5, side) == wanted
         assert verdict(0.1, 0.49, 0.5, side) != wanted
         assert verdict(0.5, 0.9, 0.5, side) == verdict(0.1, 0.5, 0.5, side) == "undecided"
-    within = [verdict(*ends, 0.03, "within") for ends in ((-0.02, 0.02), (-0.02, 0.04), (0.04, 0.05))]
-    assert within == ["reproduced", "undecided", "not reproduced"]
+    within = [verdict(*ends, 0.03, "within") for ends in ((-0.02, 0.02), (-0.02, 0.04), (-0.04, 0.02), (0.04, 0.05))]
+    assert within == ["reproduced", "undecided", "undecided", "not reproduced"]
     assert fieller(np.array([0.1, -0.1]), np.eye(2), 5)[1:3] == (-np.inf, np.inf)  # what was lost is not a loss
 
 
