@@ -203,7 +203,8 @@ def test_what_the_judge_objects_to():
     assert (open_one.reward, open_one.message) == (1, "partial solution") and foreign.reward == -3 - 2 - 2
     believed = "3 3 8 8 = 3 3 8 8 ; 3 + 3 = 16 ; 16 8 8 ; 16 + 8 = 24 ; 24 8 ; 24 * 8 = 192"
     said = judge(problem, read_compact(problem, believed))
-    assert said == verify(problem, believed) and said.error == "wrong_number" and "invalid numbers: [16]" in said.message
+    assert said == verify(problem, believed) and said.error == "wrong_number"
+    assert "invalid numbers: [16]" in said.message
     with pytest.raises(FormulaError, match="401 characters"):
         evaluate_formula("1" + "+1" * 200)
 
