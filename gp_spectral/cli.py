@@ -48,7 +48,10 @@ _STUDIES = {
     "tradeoff": Command(
         "tradeoff",
         "ways to run SFT, compared at equal success under the trained rule: which keeps more of the other?",
-        ("tradeoff --vary sft_lr=2e-4,5e-4,1e-3 --seeds 2",),
+        (
+            "tradeoff --vary sft_lr=2e-4,5e-4,1e-3 --seeds 2",
+            "tradeoff --vary sft_constraint+sft_lr=none+5e-4,sigma+2e-3,random+8e-3 --beside sigma random",
+        ),
         goes_on=True,
     ),
 }

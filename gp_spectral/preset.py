@@ -358,7 +358,7 @@ def preset_arguments(
 ):
     "Adds --preset and --set."
     names = f"section of settings.ini: {', '.join(preset_names())}, or your own"
-    parser.add_argument("--preset", default=default, help=f"{names} (default {default})")
+    parser.add_argument("--preset", default=default, help=names)
     text = "overrides one setting of the preset; may be repeated; `gp-spectral settings` lists all"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 

@@ -396,10 +396,7 @@ def tradeoff_arguments(
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first repetition")
     parser.add_argument("--out", default="runs", help="the folder is OUT/PRESET-tradeoff")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that share the stages, as of `study`")
-    parser.epilog = (
-        "examples:\n  gp-spectral tradeoff --vary sft_lr=2e-4,5e-4,1e-3 --seeds 2\n"
-        "  gp-spectral tradeoff --vary sft_constraint+sft_lr=matrices+5e-4,sigma+4e-3,random+4e-3 --beside sigma random"
-    )
+    parser.epilog = "Keys that go together are joined by +, and so are their values; an arm is called by the first."
 
 
 def run_tradeoff(
