@@ -242,7 +242,7 @@ def plot_kept(
         mean, low, high, n = interval(kept)
         ax.plot(kept, [y] * n, "o", color="#0072B2", ms=3.5, alpha=0.5)
         ax.plot(mean, y, "o", color="#D55E00", ms=7)
-        if np.isfinite([low, high]).all():
+        if n > 2:
             ax.hlines(y, max(0, low), high, color="#D55E00", lw=1.5)
         labels.append(arm if n == len(by_base[arm]) else f"{arm} ({n} of {len(by_base[arm])})")
     before = 100 * (equal.OOD + equal.lost).groupby(equal.base).mean().mean()
