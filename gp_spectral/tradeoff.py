@@ -261,14 +261,15 @@ def curves_chart(
     "OOD success against ID success along SFT, means over bases, in percent; a click in the legend chooses an arm."
     mean = table.groupby(["arm", "step"])[["ID", "OOD", "read"]].mean().mul(100).round(1).reset_index()
     chosen = alt.selection_point(fields=["arm"], bind="legend")
-    arm = alt.Color("arm:N", title=None, sort=list(table.arm.unique()), legend=alt.Legend(orient="bottom", columns=4))
+    arms = list(table.arm.unique())
+    colors = alt.Scale(domain=arms, scheme="category10" if len(arms) <= 10 else "category20")
+    arm = alt.Color("arm:N", title=None, scale=colors, legend=alt.Legend(orient="bottom", columns=4))
     x, y = alt.X("ID:Q", title="ID success (%)"), alt.Y("OOD:Q", title="OOD success (%)")
     seen = alt.condition(chosen, alt.value(1.0), alt.value(0.12))
     tips = [alt.Tooltip(c) for c in ("arm", "step", "ID", "OOD", "read")]
     lines = alt.Chart(mean).mark_line().encode(x=x, y=y, color=arm, order="step:Q", opacity=seen)
     dots = alt.Chart(mean).mark_point(filled=True, size=40).encode(x=x, y=y, color=arm, opacity=seen, tooltip=tips)
-    chart = (lines + dots).add_params(chosen).properties(width=560, height=340)
-    return chart.properties(usermeta=dict(panel=560))
+    return (lines + dots).add_params(chosen).properties(width="container", height=340)
 
 # %% ../nbs/06e_tradeoff.ipynb #285a158c
 def collect_arms(
@@ -294,7 +295,7 @@ def read_arms(
     share: float = 0.5,  # of what the reference gains
 ) -> dict:  # curves, equal, summary, beside
     "What the answers say."
-    table = curves(tables["evaluations"], tables["bases"])
+    table = curves(tables["evaluations"], tables["bases"]).set_index("arm").loc[arms].reset_index()
     equal = at_equal(table, arms[0], share)
     pairs = pairs or tuple((arm, arms[0]) for arm in arms[1:])
     return dict(curves=table, equal=equal, summary=summary(equal), beside=beside(equal, pairs))
