@@ -295,6 +295,12 @@ class _Methods(dict):
 
 METHODS = _Methods()  # name -> `Method`
 
+
+def _is_again(function, known):
+    "Whether a function takes its own place: its module is run once more, or is a notebook and what it exports."
+    modules = {function.__module__, known.__module__}
+    return len(modules) == 1 or "__main__" in modules and function.__qualname__ == known.__qualname__
+
 # %% ../nbs/05_recovery.ipynb #c338e927
 def method(
     name: str,  # by which `recover` and the command line know it; one word
@@ -307,7 +313,7 @@ def method(
 
     def register(function):
         known = METHODS.get(name)
-        if name in ("target", "donor") or known and known.function.__module__ != function.__module__:
+        if name in ("target", "donor") or known and not _is_again(function, known.function):
             raise ValueError(
                 f"there is a method {name!r} already: give yours another name, or take that out of METHODS first"
             )

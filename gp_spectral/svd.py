@@ -323,7 +323,7 @@ def get(
     self: FactorCache,
     digest,  # of a matrix, see `Checkpoint.digest`
 ) -> tuple:  # (V, s), or None
-    "What is kept for a content hash; a damaged file counts as absent."
+    "What is kept for a content hash; a damaged file counts as absent, and so does one without a checksum."
     path = self.path(digest)
     try:
         with safe_open(path, "pt") as f:  # cloned to where torch puts its own: BLAS may look at addresses
@@ -333,6 +333,8 @@ def get(
         return None
     if told.get("sha256") == _checksum(Vh, s):
         return Vh.T, s
+    if "sha256" not in told:  # an earlier version wrote it
+        return None
     warnings.warn(f"{path} is not what was written there: its matrix is decomposed again", stacklevel=3)
     return None
 

@@ -6,8 +6,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/tradeoff.html.md"""
 
 # %% auto #0
 __all__ = ['SUMMARY_HEAD', 'BESIDE_HEAD', 'SFTRuns', 'curves', 'at_equal', 'beside', 'summary', 'plot_curves', 'plot_kept',
-           'curves_chart', 'collect_arms', 'read_arms', 'arm_rows', 'write_arms', 'tradeoff', 'tradeoff_arguments',
-           'run_tradeoff']
+           'curves_chart', 'collect_arms', 'read_arms', 'arm_rows', 'arms_page', 'write_arms', 'tradeoff',
+           'tradeoff_arguments', 'run_tradeoff']
 
 # %% ../nbs/06e_tradeoff.ipynb #9c97edd2
 import argparse
@@ -326,21 +326,28 @@ def arm_rows(
     return arms, pairs
 
 # %% ../nbs/06e_tradeoff.ipynb #17183478
+def arms_page(
+    tables: dict,  # curves, summary and beside
+    command: str = "gp-spectral tradeoff",  # the command line that made it
+) -> str:  # HTML that needs no network
+    "The page of a comparison."
+    arms, pairs = arm_rows(tables)
+    told = dict(command=command, library=library, chart_of=chart_json(curves_chart(tables["curves"])))
+    told |= dict(arms=arms, arms_head=SUMMARY_HEAD, pairs=pairs, pairs_head=BESIDE_HEAD)
+    return TEMPLATES.get_template("tradeoff.html.j2").render(**told)
+
+
 def write_arms(
     tables: dict,  # of `collect_arms`
     root: Path,  # folder of the grid
-    command: str,  # the command line that made it
+    command: str = "gp-spectral tradeoff",  # the command line that made it
 ) -> Path:  # report.html
     "Writes tables/*.parquet and report.html (one file, opens offline)."
     (root / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():
         write_table(table, root / "tables" / f"{name}.parquet")
-    arms, pairs = arm_rows(tables)
-    told = dict(command=command, library=library, chart_of=chart_json(curves_chart(tables["curves"])))
-    told |= dict(arms=arms, arms_head=SUMMARY_HEAD, pairs=pairs, pairs_head=BESIDE_HEAD)
-    page = TEMPLATES.get_template("tradeoff.html.j2").render(**told)
     with atomic(root / "report.html") as part:
-        part.write_text(page, encoding="utf-8")
+        part.write_text(arms_page(tables, command), encoding="utf-8")
     return root / "report.html"
 
 # %% ../nbs/06e_tradeoff.ipynb #225d1430

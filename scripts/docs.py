@@ -190,15 +190,34 @@ def rule_study(notebooks):
     return page_of(notebooks / "studies" / "rule")
 
 
+def default_study(notebooks):
+    "The page of the command that the home page gives, from its tables."
+    from gp_spectral.report import page_of
+
+    return page_of(notebooks / "studies" / "rule" / "shipped", "gp-spectral study")
+
+
+def tables_of(folder, names):
+    "Some tables of a study."
+    import pandas as pd
+
+    return {name: pd.read_parquet(folder / f"{name}.parquet") for name in names}
+
+
 def healing_map(notebooks):
     "The page of the map of healing, from its tables."
-    import pandas as pd
     from gp_spectral.healing import map_page
 
-    return map_page({name: pd.read_parquet(notebooks / f"studies/healing/{name}.parquet") for name in NEEDED})
+    return map_page(tables_of(notebooks / "studies" / "healing", ("points", "findings")))
 
 
-NEEDED = ("points", "findings")
+def constraints(notebooks):
+    "The page of SFT under constraints, from its tables."
+    from gp_spectral.tradeoff import arms_page
+
+    return arms_page(tables_of(notebooks / "studies" / "constraints", ("curves", "summary", "beside")))
+
+
 PAGES = {  # to click on: title, what it is, what makes it
     "example": (
         "A comparison to click on",
@@ -210,6 +229,18 @@ PAGES = {  # to click on: title, what it is, what makes it
         "The rule study to click on",
         "This is what `gp-spectral study` writes, here from the tables of [the rule study](studies/rule.md).",
         rule_study,
+    ),
+    "default-study": (
+        "The default study to click on",
+        "This is what `gp-spectral study` wrote, as the home page gives it: one base, four seeds, with the answers to "
+        "fifty hands and the angles through training.",
+        default_study,
+    ),
+    "constraints": (
+        "SFT under constraints, to click on",
+        "This is what `gp-spectral tradeoff` writes, here from the tables of [the study of constraints]"
+        "(studies/constraints.md).",
+        constraints,
     ),
     "healing-map": (
         "The map of healing to click on",

@@ -14,7 +14,7 @@ from made import changed, gaussian, trained, weights, write
 from gp_spectral import change, cli, recovery
 from gp_spectral.angles import count_intruders, intruders
 from gp_spectral.checkpoint import Checkpoint, CheckpointError
-from gp_spectral.recovery import METHODS, edit_matrix, load_methods, method_options, recover, recovery_record
+from gp_spectral.recovery import METHODS, edit_matrix, load_methods, method, method_options, recover, recovery_record
 from gp_spectral.sweep import search, sweep, sweep_matrix
 
 torch.set_num_threads(1)
@@ -285,3 +285,18 @@ def test_an_edit_of_nan_is_refused(tmp_path):
     for name in OURS:
         with pytest.raises(CheckpointError, match="NaN"):
             recover(write(tmp_path / name, target), write(tmp_path / f"{name}-d", donor), tmp_path / "o", name)
+
+
+def test_a_notebook_may_register_what_it_exports(monkeypatch):
+    "The docs run notebooks in a process that has the package: the same function comes twice, from __main__."
+    known = load_methods()["ties"]
+
+    def again(name):
+        function = lambda W, t, d, taken: W
+        function.__module__, function.__qualname__ = "__main__", name
+        return function
+
+    monkeypatch.setitem(METHODS, "ties", known)
+    with pytest.raises(ValueError, match="there is a method 'ties' already"):
+        method("ties", ranks=False)(again("mine"))
+    assert method("ties", ranks=False)(again("_ties")) is METHODS["ties"].function
