@@ -418,7 +418,7 @@ def _axis(text):
     names = [key.strip() for key in keys.split("+")]
     if not equals or not all(all(point) and len(point) == len(names) for point in points):
         told = "expected KEY=VALUE,VALUE,…, for instance sft_lr=2e-4,5e-4"
-        raise ValueError(f"{text!r}: {told}, or KEY+KEY=VALUE+VALUE,… for keys that go together")
+        raise ValueError(f"--vary {text}: {told}, or KEY+KEY=VALUE+VALUE,… for keys that go together")
     return [dict(zip(names, (x.strip() for x in point))) for point in points]
 
 

@@ -78,7 +78,7 @@ def test_by_its_module(how):
 def test_what_is_no_command(capsys):
     assert said(capsys, "angles", "a", "b")[0] == 2  # compare had a twin once
     code, out, err = said(capsys, "xyzzy")
-    assert (code, out) == (2, "") and "the commands are study, map, sft" in err
+    assert (code, out) == (2, "") and "the commands are study, map, tradeoff, sft" in err
     code, _, err = said(capsys)
     assert code == 2 and "usage: gp-spectral" in err and "--help lists them" in err
     assert said(capsys, "compare", "a", "b", "--no-cache")[0] == 2

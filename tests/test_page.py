@@ -287,18 +287,19 @@ def test_the_page_of_a_study_in_a_browser(of_study, browser, width):
 def test_a_study_has_the_page_that_its_tables_allow(of_study, tmp_path):
     "What is not stored is told, and no empty panel stands for it; three megabytes at most."
     page = of_study.read_text()
-    assert len(page.encode()) < 3e6 and "Left out of this page" in page and "(profiles)" in page
-    assert '"Sorted angles, band by band"' not in page and "the words of the answers" not in page
-    assert '"Singular values"' in page and "(spectrum)" not in page
-    old = shutil.copytree(of_study.parent, tmp_path / "old")
-    (old / "spectrum.parquet").unlink()
-    page = page_of(old)
-    assert '"Singular values"' not in page and "(spectrum)" in page
+    assert len(page.encode()) < 3e6 and "Left out of this page" not in page
+    shown = ('"Sorted angles, band by band"', '"Singular values"', 'id="hands"', 'id="turning"')
+    assert not [x for x in shown if x not in page]
+    for table, panel in zip(("profiles", "spectrum", "hands", "turning"), shown):
+        old = shutil.copytree(of_study.parent, tmp_path / table)
+        (old / f"{table}.parquet").unlink()
+        page = page_of(old)
+        assert panel not in page and f"({table})" in page and "Left out of this page" in page, table
     for name in ("preset.json", "evaluations.parquet"):
         shutil.copy(SHIPPED / name, tmp_path)
     least = page_of(tmp_path)
     assert 'id="success"' in least and not any(f'id="{x}"' in least for x in ("map", "dial", "training", "hands"))
-    for table in ("claims", "sft_curve", "angles", "recovery", "hands", "spectrum", "profiles"):
+    for table in ("claims", "sft_curve", "angles", "recovery", "hands", "spectrum", "profiles", "turning"):
         assert f"({table})" in least
     (tmp_path / "evaluations.parquet").unlink()
     with pytest.raises(ValueError, match="evaluations.parquet is missing"):
