@@ -337,6 +337,7 @@ def test_a_study_in_two_processes(tmp_path):
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["curve.parquet", "record.json", "record.json"]
 
 
+@pytest.mark.slow
 def test_the_trap_of_fsdp2(tmp_path):
     "After a pass without gradients FSDP2 leaves a copy of weights that no step reaches; `inference` shards again."
     run(tmp_path, "x", "sharded", "fsdp2")
