@@ -409,20 +409,17 @@ def _seeds_and_mean(table, value, by):
     return pd.concat([t, mean]) if t.seed.nunique() > 1 else mean
 
 
-def _curve_panel(rows, title, x, y, marks=None):
-    "Lines of seeds and their mean; `marks`: {step: names}."
-    share, most = y != "nats per token", max(0.1, rows.value.max())  # where all is 0 the axis still has a height
+def _lines_of_seeds(rows, title, x, y, color, dash, tips, marks):
+    "Lines of seeds, thin, and their mean, thick; `marks`: {step: names}."
     base = alt.Chart(rows, width=_WIDE, height=190, title=title).encode(
         alt.X("step:Q", title=x, axis=alt.Axis(tickMinStep=1)),
-        alt.Y(
-            "value:Q", title=y, axis=alt.Axis(format="%") if share else alt.Axis(), scale=alt.Scale(domain=[0, most])
-        ),
-        alt.Color("rule:N", scale=_RULES, legend=_LONG),
-        strokeDash=alt.StrokeDash("hands:N", legend=_LONG, scale=_HANDS),
+        y,
+        color,
+        strokeDash=dash,
         detail=["seed:N"],
         opacity=alt.condition("datum.seed == 'mean'", alt.value(1), alt.value(0.25)),
         strokeWidth=alt.condition("datum.seed == 'mean'", alt.value(2.5), alt.value(1)),
-        tooltip=["rule:N", "hands:N", "seed:N", "step:Q", alt.Tooltip("value:Q", format=".3g")],
+        tooltip=[*tips, "seed:N", "step:Q", alt.Tooltip("value:Q", format=".3g")],
     )
     lines = base.mark_line(point=alt.OverlayMarkDef(size=14))
     return alt.layer(*_marks(marks), lines) if marks else lines
@@ -431,6 +428,17 @@ def _curve_panel(rows, title, x, y, marks=None):
 _LONG = dict(orient="top", title=None, labelLimit=220, symbolType="stroke", symbolStrokeWidth=2.5)
 _SFT_STEP = "step of SFT (0 is the base)"
 _HANDS = dict(domain=list(_SETS.values()), range=[[1, 0], [4, 3]])
+
+# %% ../nbs/03c_page.ipynb #afe79f5c
+def _curve_panel(rows, title, x, y, marks=None):
+    "Success, or a loss, under both rules against the step."
+    most, share = max(0.1, rows.value.max()), y != "nats per token"  # where all is 0 the axis still has a height
+    axis = alt.Y(
+        "value:Q", title=y, axis=alt.Axis(format="%") if share else alt.Axis(), scale=alt.Scale(domain=[0, most])
+    )
+    color = alt.Color("rule:N", scale=_RULES, legend=_LONG)
+    dash = alt.StrokeDash("hands:N", legend=_LONG, scale=_HANDS)
+    return _lines_of_seeds(rows, title, x, axis, color, dash, ["rule:N", "hands:N"], marks)
 
 # %% ../nbs/03c_page.ipynb #8da57dbb
 def _marks(marks):
@@ -474,18 +482,10 @@ def training_chart(
 # %% ../nbs/03c_page.ipynb #6177c662
 def _turning_panel(rows, title, x, marks=None):
     "Bands in degrees against the step; dashed, noise as large."
-    base = alt.Chart(rows, width=_WIDE, height=190, title=title).encode(
-        alt.X("step:Q", title=x, axis=alt.Axis(tickMinStep=1)),
-        alt.Y("value:Q", title="mean angle, degrees"),
-        alt.Color("band:N", scale=alt.Scale(domain=list(BAND_COLORS), range=list(BAND_COLORS.values())), legend=_LONG),
-        strokeDash=alt.StrokeDash("of:N", legend=_LONG, scale=alt.Scale(domain=list(_OF), range=[[1, 0], [4, 3]])),
-        detail=["seed:N"],
-        opacity=alt.condition("datum.seed == 'mean'", alt.value(1), alt.value(0.25)),
-        strokeWidth=alt.condition("datum.seed == 'mean'", alt.value(2.5), alt.value(1)),
-        tooltip=["band:N", "of:N", "seed:N", "step:Q", alt.Tooltip("value:Q", format=".3g")],
-    )
-    lines = base.mark_line(point=alt.OverlayMarkDef(size=14))
-    return alt.layer(*_marks(marks), lines) if marks else lines
+    bands = alt.Scale(domain=list(BAND_COLORS), range=list(BAND_COLORS.values()))
+    dash = alt.StrokeDash("of:N", legend=_LONG, scale=alt.Scale(domain=list(_OF), range=[[1, 0], [4, 3]]))
+    y, color = alt.Y("value:Q", title="mean angle, degrees"), alt.Color("band:N", scale=bands, legend=_LONG)
+    return _lines_of_seeds(rows, title, x, y, color, dash, ["band:N", "of:N"], marks)
 
 
 _OF = "as trained", "noise as large"
