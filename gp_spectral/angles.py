@@ -9,8 +9,8 @@ __all__ = ['BANDS', 'SIGNIFICANT_BITS', 'INTRUDERS_AMONG', 'INTRUDER_COSINE', 'A
            'principal_angles', 'band_size', 'band_slices', 'forced_zeros', 'random_angles', 'rounding_std',
            'null_sigma', 'effective_dtype', 'floor_angles', 'degenerate_cuts', 'verdict', 'isotropic_angle',
            'band_angles', 'frobenius_norm', 'block_energy', 'delta_energy', 'intruders', 'count_intruders',
-           'intruder_dimensions', 'energy_share', 'Comparison', 'read_comparison', 'compare_all', 'compare',
-           'several_stacks', 'band_summary', 'angle_profile', 'plot_profile', 'plot_angles', 'plot_map',
+           'intruder_dimensions', 'energy_share', 'total_change', 'Comparison', 'read_comparison', 'compare_all',
+           'compare', 'several_stacks', 'band_summary', 'angle_profile', 'plot_profile', 'plot_angles', 'plot_map',
            'compare_arguments', 'run_compare', 'print_comparison']
 
 # %% ../nbs/04_angles.ipynb #38524d61
@@ -417,6 +417,14 @@ def energy_share(
     size = (changes.weight_change * changes.spectral_norm_base) ** 2 * changes.stable_rank_base
     sums = pd.DataFrame(dict(part=size * changes[column], all=size)).groupby(changes.other).sum()
     return (sums.part / sums["all"]).rename(column)
+
+
+def total_change(
+    parts: pd.DataFrame,  # of a `Comparison`: one base, a row per part and other checkpoint
+) -> pd.Series:  # by other checkpoint
+    "‖ΔW‖ / ‖W‖ of all weights together."
+    sums = parts.groupby("other")[["change_norm", "weight_norm"]].agg(lambda x: (x**2).sum())
+    return (sums.change_norm / sums.weight_norm) ** 0.5
 
 # %% ../nbs/04_angles.ipynb #bba977a0
 class Comparison(NamedTuple):

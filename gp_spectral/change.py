@@ -33,7 +33,7 @@ def _share(name, x):
     return x
 
 
-@method("delta_top", label="top of the change", color="#332288", marker=">", ranks=False)
+@method("delta_top", label="top of the change", color="#332288", marker=">", ranks=False, planned=False)
 def _delta_top(
     W,
     t,
@@ -69,7 +69,7 @@ def noise_threshold(
     return factor * math.sqrt(n) * noise if noise is not None else factor / math.sqrt(noise_median(beta))
 
 # %% ../nbs/05b_change.ipynb #eef4ab6a
-@method("dghard", label="change above noise", color="#117733", marker="<", ranks=False)
+@method("dghard", label="change above noise", color="#117733", marker="<", ranks=False, planned=False)
 def _dghard(
     W,
     t,
@@ -92,7 +92,7 @@ def _scaled(W, donor_matrix, scale):
     return W + (1 - scale) * (donor_matrix - W)
 
 
-@method("lines", label="change by depth", color="#AA4499", marker="^", line="-.", ranks=False)
+@method("lines", label="change by depth", color="#AA4499", marker="^", line="-.", ranks=False, planned=False)
 def _lines(
     W,
     t,
@@ -108,7 +108,7 @@ def _lines(
     return _scaled(W, donor_matrix, first + (last - first) * depth)
 
 # %% ../nbs/05b_change.ipynb #1394f0ab
-@method("ties", label="largest entries of the change", color="#999933", marker="p", ranks=False)
+@method("ties", label="largest entries of the change", color="#999933", marker="p", ranks=False, planned=False)
 def _ties(
     W,
     t,
@@ -126,7 +126,7 @@ def _ties(
     return torch.where(kept.view(W.shape), _scaled(W, donor_matrix, scale), donor_matrix)
 
 # %% ../nbs/05b_change.ipynb #49594340
-@method("dare", label="random entries of the change", color="#882255", marker="X", line=":", ranks=False)
+@method("dare", label="random entries of the change", color="#882255", marker="X", line=":", ranks=False, planned=False)
 def _dare(
     W,
     t,
@@ -144,7 +144,7 @@ def _dare(
     return torch.where(draw >= drop, _scaled(W, donor_matrix, 1 / (1 - drop)), donor_matrix)
 
 # %% ../nbs/05b_change.ipynb #376acad6
-@method("scale_intruders", label="smaller intruders", color="#661100", marker="H", ranks=False)
+@method("scale_intruders", label="smaller intruders", color="#661100", marker="H", ranks=False, planned=False)
 def _scale_intruders(
     W,
     t,

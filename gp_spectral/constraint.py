@@ -64,7 +64,7 @@ class Rotations:
     def part(self, D: Tensor) -> Tensor:
         "What of a matrix (m, n) lies along the set, where `nearest` was last."
         U, V = self.U.to(D), self.Vh.T.to(D)
-        return D - Diagonal(D, U, V).inside(D)
+        return Diagonal(D, U, V, others=True).part(D)
 
     def nearest(self, W: Tensor) -> Tensor:
         "The matrix of the set that lies nearest to W (m, n)."
@@ -143,30 +143,35 @@ def _plain(model, names):
     named = dict(model.named_parameters())
     for name in names:
         if name not in named or named[name].ndim != 2:
-            why = (
-                "an adapter's, or experts in one block" if hasattr(model, "peft_config") else "stored in another shape"
-            )
-            raise ValueError(f"{name} cannot be constrained: it is no matrix among the model's parameters, but {why}")
+            told = "in the model it is stored in another shape, or with others"
+            raise ValueError(f"{name} cannot be constrained: {told}")
     return named
 
 # %% ../nbs/04c_constraint.ipynb #84ed99cb
+def _set_of(constraint, what, name, W, number):
+    "`matrix_set`, whose errors name the matrix."
+    try:
+        return matrix_set(what, W, constraint.head, constraint.seed + number)
+    except ValueError as e:
+        raise ValueError(f"{name} cannot be constrained: {e}") from e
+
+
 def _rules(constraint, model):
     "(parameter, set or None for a point, start) of what is held; (parameter, set, start) of what is drawn back."
-    view = as_checkpoint(model)
+    matrices = {m.tensor for m in as_checkpoint(model).matrices()}
     start = None if constraint.start is None else as_checkpoint(constraint.start)
-    matrices = {m.tensor or m.name for m in view.matrices()}
-    held, drawn = [], []
+    what, held, drawn = constraint.what, [], []
     for i, (name, p) in enumerate(_plain(model, matrices).items()):
-        W, what = _start_of(start, name, p), constraint.what
-        told = constraint.head, constraint.seed + i
-        if what in _PENALTIES and p.ndim == 2:
-            drawn.append((p, matrix_set("head", W, *told) if what == "rpsft" else None, W))
-        elif what == "embeddings" and (name in matrices or p.ndim != 2):
-            held.append((p, None, W))
-        elif what not in ("none", "embeddings", *_PENALTIES) and name not in matrices:
-            held.append((p, None, W))
-        elif what not in ("none", "embeddings", "matrices", *_PENALTIES):
-            held.append((p, matrix_set(what, W, *told), W))
+        if what in _PENALTIES:
+            rules, wanted, sized = drawn, p.ndim == 2, "head" if what == "rpsft" else None
+        elif what == "embeddings":
+            rules, wanted, sized = held, name in matrices or p.ndim != 2, None
+        else:
+            rules, wanted = held, what != "none" and not (what == "matrices" and name in matrices)
+            sized = what if name in matrices else None
+        if wanted:
+            W = _start_of(start, name, p)
+            rules.append((p, sized and _set_of(constraint, sized, name, W, i), W))
     return held, drawn
 
 # %% ../nbs/04c_constraint.ipynb #57132a63

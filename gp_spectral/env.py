@@ -267,7 +267,8 @@ def _number_errors(used, numbers):
 # %% ../nbs/00_env.ipynb #e228a7c6
 def _other_rule(problem, used):
     "Whether `used` are the hand's numbers under another named rule."
-    return any(Counter(card_numbers(problem.cards, r)) == Counter(used) for r in RULES)
+    used = Counter(used)
+    return any(Counter(card_numbers(problem.cards, r)) == used for r in RULES)
 
 # %% ../nbs/00_env.ipynb #9d8f0ed8
 def _value(formula):

@@ -23,16 +23,16 @@ from matplotlib.colors import to_rgb
 from scipy import stats
 
 # %% ../nbs/06d_healing.ipynb #d24f65fe
-from .angles import compare_all, energy_share
+from .angles import compare_all, energy_share, total_change
 from .book import write_table
 from .checkpoint import Checkpoint
 from .folders import atomic
 from .models import load_model
 from .page import TEMPLATES, chart_json, library
-from .preset import grid, load_preset, preset_arguments, preset_of
+from .preset import grid, preset_of
 from .report import MARGIN, interval
-from .stages import Cell, Study, answer_divergence, answered, in_one_process, no_signal, stage, trained_in
-from .study import run_all
+from .stages import Cell, Study, answer_divergence, answered, keep_table, no_signal, stage, trained_in
+from .study import command_of, grid_arguments, repeated, run_all
 
 # %% ../nbs/06d_healing.ipynb #e9307092
 class HealingMap(Study):
@@ -73,8 +73,7 @@ def _forgetting(study, named):
     opened = [Checkpoint(path, label=name) for name, path in named.items()]
     told = dict(fraction=study.preset.band, progress=False, cache=False, workers=study.at_once)
     comparison = compare_all(opened, **told)
-    sums = comparison.parts.groupby("other")[["change_norm", "weight_norm"]].agg(lambda x: (x**2).sum())
-    change, head = (sums.change_norm / sums.weight_norm) ** 0.5, energy_share(comparison.changes)
+    change, head = total_change(comparison.parts), energy_share(comparison.changes)
     task, (base, tokenizer) = study.tasks["ID"], load_model(named["base"], "float32")
     asked, rows = answered(task, study.preset.curve_problems), []
     for name in [name for name in named if name != "base"]:
@@ -99,9 +98,8 @@ def answers(
         tables = [self.ask(path, name) for name, path in named.items()]
         for table in ("evaluations", "forced"):
             rows = pd.concat([t[table] for t in tables], ignore_index=True)
-            in_one_process(partial(write_table, rows.assign(**at), part / f"{table}.parquet"))
-        rows = _forgetting(self, dict(base=base) | named).assign(**at)
-        in_one_process(partial(write_table, rows, part / "forgetting.parquet"))
+            keep_table(rows.assign(**at), part / f"{table}.parquet")
+        keep_table(_forgetting(self, dict(base=base) | named).assign(**at), part / "forgetting.parquet")
 
     asked = self.depends("test", "forced", "curve", "band", seed=seed, step=step)
     return stage(self.folder(seed) / f"answers-{step:05d}", asked, [base, *named.values()], make)
@@ -319,8 +317,7 @@ def collect(
     kept = [study.folder(seed) / f"answers-{start:05d}" for seed in study.seeds for start in study.starts]
     stacked = lambda paths: pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
     tables = {k: stacked(f / f"{k}.parquet" for f in kept) for k in ("evaluations", "forced", "forgetting")}
-    bases = {n: study.base_evaluations(n) / "evaluations.parquet" for n in map(study.number, study.seeds)}
-    tables["base"] = pd.concat([pd.read_parquet(f).assign(base=n) for n, f in bases.items()], ignore_index=True)
+    tables["base"] = study.base_answers()
     tables["curve"] = _of_trainings(study, "curve.parquet")
     log = _of_trainings(study, "log.parquet")
     tables["gate"] = log[(log.training == "rl") & (log["round"] == 1)][["seed", "start", "success"]]
@@ -479,14 +476,9 @@ def healing_map(
     pages = []
     for point in grid(vary):
         told = (overrides or {}) | point
-        chosen = load_preset(preset, told)
         where = Path(out) / preset / ",".join(f"{k}={v}" for k, v in point.items())
-        each = chosen.seeds if seeds is None else seeds
-        count = each * len(chosen.bases or (chosen.model,))
-        whole = HealingMap(chosen, where, range(first, first + count), progress)
-        whole.check()
-        command = f"gp-spectral map --preset {preset} --seeds {each} --first {first}"
-        command += "".join(f" --set {key}={value}" for key, value in told.items())
+        whole = repeated(HealingMap, preset, where, seeds, first, told, progress)
+        command = command_of("map", preset, whole, told)
         run_all(whole, command, partial(write_map, whole, command), workers)
         pages.append(where / "report.html")
     return pages
@@ -496,12 +488,7 @@ def map_arguments(
     parser: argparse.ArgumentParser,  # of the command
 ):
     "What `gp-spectral map` can be told."
-    preset_arguments(parser, "tiny-map")
-    parser.add_argument("--seeds", type=int, help="repetitions for each base; default: the preset's")
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first repetition")
-    parser.add_argument("--vary", action="append", default=[], metavar="KEY=V,V", help="a map for each value")
-    parser.add_argument("--out", default="runs", help="the folder is OUT/PRESET, with KEY=VALUE below it")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the stages, as of `study`")
+    grid_arguments(parser, "tiny-map", "a map for each value", "the folder is OUT/PRESET, with KEY=VALUE below it")
     parser.epilog = (
         "The bases of tiny-map lie in the repository (nbs/studies/rule/bases): run it from there, or name models\n"
         "of your own with --set bases='A B'. `--set bases= --set model=tiny-rule` takes the one that is shipped."

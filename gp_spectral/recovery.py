@@ -265,6 +265,7 @@ class Method:
     top: float = 0.2  # leading ranks where nothing is said: a share, or `Ranks`
     ranks: bool = True  # whether it restores ranks; where not, it gets factors only if it asks for them
     whole_layers: bool = False  # whether it copies tensors of layers, and edits no matrix
+    planned: bool = True  # whether every study tries it
     steps: Steps = None  # for quick sweeps; None: each step is made anew
     asks: tuple = ()  # what it is given of `GIVEN`
     options: dict = None  # name -> `Option`
@@ -305,7 +306,7 @@ def _is_again(function, known):
 def method(
     name: str,  # by which `recover` and the command line know it; one word
     top=0.2,  # its default: a share of the leading ranks, or a number of them
-    **properties,  # label, color, marker, line, noted, ranks, whole_layers, steps: see `Method`
+    **properties,  # label, color, marker, line, noted, ranks, whole_layers, planned, steps: see `Method`
 ) -> Callable:
     "Makes a method of the function below it and puts it into `METHODS`."
     if not name.isidentifier():

@@ -1414,9 +1414,12 @@ def _training_part(tables, preset):
     marks, losses = checkpoint_steps(tables, end), tables.get("losses")
     rounds = rounds[rounds.start == end] if rounds is not None else None
     chart = training_chart(tables["sft_curve"], losses, rounds, marks, preset.rl.upper())
-    turned = tables.get("turning")
-    turning = turned is not None and chart_json(turning_chart(turned, marks, preset.rl.upper()))
-    return dict(training=chart_json(chart), turning=turning or "")
+    return dict(training=chart_json(chart))
+
+
+def _turning_part(tables, preset):
+    marks = checkpoint_steps(tables, preset.sft_steps)
+    return dict(turning=chart_json(turning_chart(tables["turning"], marks, preset.rl.upper())))
 
 # %% ../nbs/06b_report.ipynb #f36cd4b5
 _FIRST = [_LABELS[a] + _LABELS[b] for a, b in (*_STEPS.values(), ("end", "noise"))]  # pairs that one asks for first
@@ -1447,15 +1450,12 @@ _PARTS = {  # table: (what is made of it, what it is called where it is missing)
     "evaluations": (_success_part, "answers to test problems (evaluations)"),
     "claims": (_claims_part, "claims (claims)"),
     "sft_curve": (_training_part, "success along SFT (sft_curve)"),
+    "turning": (_turning_part, "angles through training (turning)"),
     "angles": (_map_part, "angles (angles)"),
     "recovery": (_dial_part, "edits (recovery)"),
     "hands": (_hands_part, "the words of the answers (hands)"),
 }
-_BESIDE_PARTS = {
-    "spectrum": "singular values (spectrum)",
-    "profiles": "sorted angles (profiles)",
-    "turning": "angles through training (turning)",
-}
+_BESIDE_PARTS = {"spectrum": "singular values (spectrum)", "profiles": "sorted angles (profiles)"}
 _NOTHING = dict.fromkeys("success_chart found claims training turning map most noise dial hands hands_seed".split(), "")
 
 

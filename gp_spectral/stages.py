@@ -6,8 +6,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/stages.html.md"""
 
 # %% auto #0
 __all__ = ['NAMES', 'GATE', 'SAMPLES', 'HANDS', 'PAIRS', 'versions', 'in_one_process', 'stage', 'Cell', 'share_work', 'clock',
-           'BothRules', 'ManyRules', 'Unseen', 'Study', 'trained_in', 'no_signal', 'answer_loss', 'answer_divergence',
-           'answered', 'loss_curve', 'recovery_plan', 'edit_name']
+           'BothRules', 'ManyRules', 'Unseen', 'Study', 'along', 'trained_in', 'no_signal', 'keep_table', 'answer_loss',
+           'answer_divergence', 'answered', 'loss_curve', 'recovery_plan', 'edit_name']
 
 # %% ../nbs/06a_stages.ipynb #57bc10b3
 import json
@@ -348,9 +348,14 @@ def number(
     return seed % len(self.models)
 
 
-def _of_base(study, name, number):
+@patch
+def of_base(
+    self: Study,
+    name: str,  # of the stage: 'taught' or 'base'
+    number: int,  # which of the bases
+) -> Path:
     "A folder that belongs to one base: with its number where there are several."
-    return study.root / (f"{name}-{number}" if len(study.models) > 1 else name)
+    return self.root / (f"{name}-{number}" if len(self.models) > 1 else name)
 
 
 @patch
@@ -359,7 +364,7 @@ def base(
     number: int = 0,  # which of the bases
 ) -> Path:
     "The checkpoint that seeds start from: a model of the preset, or what it has become when it was taught first."
-    taught = _of_base(self, "taught", number) / f"step-{self.preset.teach_steps:05d}"
+    taught = self.of_base("taught", number) / f"step-{self.preset.teach_steps:05d}"
     return taught if self.preset.teach_steps else resolve(self.models[number])
 
 # %% ../nbs/06a_stages.ipynb #7fdc9502
@@ -394,6 +399,14 @@ def twin_folder(
     return self.folder(seed) / (f"twin-{twin}" if step is None else f"twin-{twin}-{step:05d}")
 
 # %% ../nbs/06a_stages.ipynb #5f1846a5
+def along(
+    folder: Path,  # of a training
+    word: str = "step",  # or "round": how its checkpoints are called
+) -> dict:  # {number: checkpoint folder}, in their order
+    "The checkpoints that a training has kept on its way."
+    return {int(f.name.removeprefix(f"{word}-")): f for f in sorted(folder.glob(f"{word}-*"))}
+
+
 def trained_in(
     folder: Path,  # of a training
 ) -> Path:
@@ -459,6 +472,12 @@ def _constraints(preset, model, seed):
     return (Constraint(what, resolve(model), preset.band, preset.sft_strength, seed),)
 
 
+def _held(preset):
+    "The settings of a constraint, where there is one."
+    keys = ("sft_constraint", "sft_strength", "band") if preset.sft_constraint != "none" else ()
+    return {key: getattr(preset, key) for key in keys}
+
+
 @patch
 def sft_from(
     self: Study,
@@ -499,7 +518,7 @@ def _train(study, rl, model, out, task, seed, keep=()):
 
 def _kept(preset):
     "The rounds whose policy is kept."
-    return tuple(k for k in preset.ppo_keep if k < preset.ppo_iterations)
+    return tuple(k for k in preset.ppo_keep if k <= preset.ppo_iterations)
 
 
 @patch
@@ -530,7 +549,8 @@ def _go_on(study, model, out, seed):
     p, prompts = study.preset, RLPrompts(study.rl_task(seed), study.preset.rl_config(seed))
     n = len(prompts.dealt)
     told = dict(steps=-(-n // p.sft.batch_size), examples=n, hands=None, points=2, at=(), seed=seed)
-    shown = dict(progress=study.progress, trackers=study.trackers)
+    held = _constraints(p, study.base(study.number(seed)), seed)
+    shown = dict(progress=study.progress, trackers=study.trackers, callbacks=held)
     return train_sft(model, out, prompts, study.tasks, replace(p.sft, **told), **shown)
 
 
@@ -570,7 +590,7 @@ def teach(
         train_sft(model, part, task, self.tasks, config, progress=self.progress)
 
     asked = self.depends("teach", "curve", "sft_batch", "sft_warmup", "sft_microbatch", model=_TAUGHT)
-    stage(_of_base(self, "taught", number), asked, [resolve(model)], make)
+    stage(self.of_base("taught", number), asked, [resolve(model)], make)
     return self.base(number)
 
 # %% ../nbs/06a_stages.ipynb #6add1c5d
@@ -581,8 +601,7 @@ def sft(
 ) -> Path:
     "The stage of SFT."
     base = self.teach(self.number(seed))
-    free = self.preset.sft_constraint == "none"
-    asked = self.depends("sft", "curve", *(() if free else ("band",)), seed=seed, steps=self.starts)
+    asked = self.depends("sft", "curve", seed=seed, steps=self.starts) | _held(self.preset)
     return stage(self.folder(seed) / "sft", asked, [base], lambda part: self.sft_from(base, part, seed))
 
 # %% ../nbs/06a_stages.ipynb #5dbdac30
@@ -617,12 +636,15 @@ def twin(
     start = self.sft_step(seed, self.preset.sft_steps if step is None else step)
     asked = _of_rl(self, seed, twin=twin, **({} if step is None else dict(step=step)))
     if twin == "worked":
-        asked |= dict(sft_lr=self.preset.sft_lr, sft_batch=self.preset.sft_batch)
+        asked |= dict(sft_lr=self.preset.sft_lr, sft_batch=self.preset.sft_batch) | _held(self.preset)
     make = lambda part: self.twin_from(start, part, seed, twin)
     return stage(self.twin_folder(seed, twin, step), asked, [start], make)
 
 # %% ../nbs/06a_stages.ipynb #4652b042
-def _write(path, table):
+def keep_table(
+    table: pd.DataFrame,  # the same in all processes
+    path: Path,  # of a Parquet file
+):
     "Writes a table of all processes once, whole or not at all."
     in_one_process(lambda: write_table(table, path))
 
@@ -766,11 +788,11 @@ def loss_curve(
 ) -> pd.DataFrame:  # step, rule, loss
     "The loss on right answers to validation problems under both rules, at every checkpoint of SFT."
     asked, rows = {rule: (t, answered(t, n)) for rule, t in tasks.items()}, []
-    for folder in sorted(Path(sft).glob("step-*")):
+    for step, folder in along(Path(sft)).items():
         loaded = None
         loaded = load_model(folder)  # one model at a time
         for rule, (t, problems) in asked.items():
-            rows.append(dict(step=int(folder.name[5:]), rule=rule, loss=answer_loss(*loaded, t, problems)))
+            rows.append(dict(step=step, rule=rule, loss=answer_loss(*loaded, t, problems)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/06a_stages.ipynb #1399e0b0
@@ -781,7 +803,7 @@ def _write_all(part, tables, **columns):
     "Writes the tables of some checkpoints."
     for name in dict.fromkeys(name for some in tables for name in some):
         rows = pd.concat([some[name] for some in tables if name in some], ignore_index=True)
-        _write(part / f"{name}.parquet", rows.assign(**columns))
+        keep_table(rows.assign(**columns), part / f"{name}.parquet")
 
 
 @patch
@@ -792,7 +814,14 @@ def base_evaluations(
     "The stage of a base on the test problems."
     base = self.teach(number)
     make = lambda part: _write_all(part, [self.ask(base, "base")])
-    return stage(_of_base(self, "base", number), self.depends(*_ASKED), [base], make)
+    return stage(self.of_base("base", number), self.depends(*_ASKED), [base], make)
+
+
+@patch
+def base_answers(self: Study) -> pd.DataFrame:  # with a column `base`
+    "The evaluations of all bases that seeds start from."
+    asked = {n: self.base_evaluations(n) / "evaluations.parquet" for n in sorted(set(map(self.number, self.seeds)))}
+    return pd.concat([pd.read_parquet(f).assign(base=n) for n, f in asked.items()], ignore_index=True)
 
 # %% ../nbs/06a_stages.ipynb #4dadc16d
 def _ask_each(study, named):
@@ -821,7 +850,7 @@ def evaluations(
         base = {p.stem: pd.read_parquet(p) for p in sorted(kept.glob("*.parquet"))}
         _write_all(part, [base, *_ask_each(self, named)], seed=seed, base=number)
         losses = loss_curve(self.folder(seed) / "sft", self.tasks, self.preset.curve_problems)
-        _write(part / "losses.parquet", losses.assign(seed=seed))
+        keep_table(losses.assign(seed=seed), part / "losses.parquet")
 
     asked = self.depends(*_ASKED, "curve", seed=seed)
     return stage(self.folder(seed) / "evaluations", asked, named.values(), make)
@@ -867,9 +896,8 @@ def _write_spectra(opened, comparison, seed, part):
 def _along(study, seed):
     "{(training, step): checkpoint} of a seed: along SFT to SFT_End, and along RL from there."
     end, rl = study.preset.sft_steps, study.rl_folder(seed, study.preset.sft_steps)
-    steps = {int(f.name[5:]): f for f in sorted((study.folder(seed) / "sft").glob("step-*"))}
-    rounds = {int(f.name[6:]): f for f in sorted(rl.glob("round-*"))} | {study.preset.ppo_iterations: rl / "checkpoint"}
-    found = {("sft", step): f for step, f in steps.items() if 0 < step <= end}
+    rounds = along(rl, "round") | {study.preset.ppo_iterations: rl / "checkpoint"}
+    found = {("sft", step): f for step, f in along(study.folder(seed) / "sft").items() if 0 < step <= end}
     return found | {("rl", n): f for n, f in rounds.items()}
 
 
@@ -881,7 +909,7 @@ def _turning(study, seed, out):
     at = {c.label: i for i, c in enumerate(opened)}
     start = {"sft": 0, "rl": at[f"sft {study.preset.sft_steps}"]}
     pairs = [(start[training], at[f"{training} {step}"]) for training, step in named]
-    told = dict(progress=False, details=False, cache=False, out=out, workers=study.at_once)
+    told = dict(progress=False, details=False, out=out, workers=study.at_once)
     angles = compare_all(opened, pairs, study.preset.band, **told).angles
     mean = angles.groupby(["other", "band"], sort=False)[["mean", "isotropic"]].mean().reset_index()
     words = mean.pop("other").str.split(" ", expand=True)
@@ -903,7 +931,7 @@ def spectra(
         pairs, band = [(at[a], at[b]) for a, b in PAIRS], self.preset.band
         told = dict(progress=self.progress, out=part / "comparison", workers=self.at_once)
         comparison = compare_all(opened, pairs, band, **told)
-        _write(part / "turning.parquet", _turning(self, seed, part / "along").assign(seed=seed))
+        keep_table(_turning(self, seed, part / "along").assign(seed=seed), part / "turning.parquet")
         in_one_process(lambda: _write_spectra(opened, comparison, seed, part))
 
     asked = self.depends("band", seed=seed)
@@ -923,8 +951,7 @@ def recovery_plan(
     plan += [dict(method="reset", layers=layers) for layers in ("first 25%", "last 25%", "first 50%", "first 100%")]
     plan += [dict(method=m, top=band, include="embeddings") for m in ("anchored", "interpolate_to_norm")]
     tried = {edit["method"] for edit in plan}
-    ours = lambda m: m.name in tried or m.function.__module__ == "gp_spectral.change"
-    own = [m for m in load_methods().values() if not (ours(m) or m.needs or m.whole_layers)]
+    own = [m for m in load_methods().values() if m.planned and m.name not in tried and not (m.needs or m.whole_layers)]
     sizes = [dict(top=1.0 if m.top == 1.0 else band) if m.sized else {} for m in own]
     return plan + [dict(method=m.name) | size for m, size in zip(own, sizes)]
 
@@ -1019,8 +1046,10 @@ def _price_all(study, seed, named, part):
         row = dict(method="", top=math.nan, tail=0.0, layers="", include="") | edit | dict(edit_norm=norm)
         new_rows, new_answers = _price(row, told, seed)
         rows, answers = rows + new_rows, answers + new_answers
-        _write(part / "recovery.parquet", pd.DataFrame(rows))
-        _write(part / "recovery_answers.parquet", pd.concat(answers, ignore_index=True))  # last: what it knows is done
+        keep_table(pd.DataFrame(rows), part / "recovery.parquet")
+        keep_table(
+            pd.concat(answers, ignore_index=True), part / "recovery_answers.parquet"
+        )  # last: what it knows is done
     return pd.DataFrame(rows)
 
 # %% ../nbs/06a_stages.ipynb #54573c15
@@ -1035,7 +1064,7 @@ def recovery(
     def make(part):
         rows = _price_all(self, seed, named, part)
         in_one_process(lambda: [shutil.rmtree(part / x, ignore_errors=True) for x in ("edited", "factors")])
-        _write(part / "recovery.parquet", _with_recovered(rows))
+        keep_table(_with_recovered(rows), part / "recovery.parquet")
 
     asked, inputs = (
         self.depends("recovery", "test_problems", "tops", "band", seed=seed),
@@ -1048,7 +1077,7 @@ def _once(study):
     "{number of a base: its cells}: what its seeds share."
     shared = {}
     for number in sorted({study.number(seed) for seed in study.seeds}):
-        taught, base = (_of_base(study, name, number) for name in ("taught", "base"))
+        taught, base = (study.of_base(name, number) for name in ("taught", "base"))
         which = f" {number}" if len(study.models) > 1 else ""
         teaching = [Cell(None, f"taught{which}", taught, (), partial(study.teach, number))]
         teaching *= study.preset.teach_steps > 0

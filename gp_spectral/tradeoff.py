@@ -21,15 +21,15 @@ import pandas as pd
 import seaborn as sns
 from fastcore.basics import patch
 
-from .angles import compare_all, energy_share
+from .angles import compare_all, energy_share, total_change
 from .book import write_table
 from .checkpoint import Checkpoint
 from .folders import atomic
 from .page import TEMPLATES, chart_json, library
-from .preset import grid, load_preset, preset_arguments, preset_of
+from .preset import grid, preset_of
 from .report import MARGIN, interval
-from .stages import Cell, Study, in_one_process, stage
-from .study import run_all
+from .stages import Cell, Study, along, in_one_process, keep_table, stage
+from .study import command_of, grid_arguments, repeated, run_all
 
 # %% ../nbs/06e_tradeoff.ipynb #eb9cc44c
 class SFTRuns(Study):
@@ -42,45 +42,23 @@ class SFTRuns(Study):
         "How a checkpoint is asked: once."
         yield "evaluations", self.preset.test_problems, dict(attempts=1)
 
-    def base_folder(
+    def of_base(
         self,
+        name: str,  # of the stage: 'taught' or 'base'
         number: int,  # which of the bases
     ) -> Path:
-        "The stage of what a base answers, beside the points of the grid."
-        return self.root.parent / f"base-{number}"
-
-    def base_evaluations(
-        self,
-        number: int = 0,  # which of the bases
-    ) -> Path:
-        "The stage of a base on the test problems."
-        base = self.teach(number)
-        make = lambda part: _keep(part, self.ask(base, "0")["evaluations"], "evaluations")
-        return stage(self.base_folder(number), self.depends("test"), [base], make)
-
-# %% ../nbs/06e_tradeoff.ipynb #c359db35
-def _keep(part, table, name):
-    in_one_process(partial(write_table, table, part / f"{name}.parquet"))
-
-
-@patch
-def steps(
-    self: SFTRuns,
-    seed: int,  # which repetition
-) -> dict:  # {step: checkpoint folder}, the start left out
-    "The checkpoints along SFT."
-    found = {int(f.name[5:]): f for f in sorted((self.folder(seed) / "sft").glob("step-*"))}
-    return {step: f for step, f in found.items() if step}
+        "As of a study; what a base answers that is not taught first lies beside the points of the grid."
+        folder = super().of_base(name, number)
+        return folder if self.preset.teach_steps else self.root.parent / folder.name
 
 # %% ../nbs/06e_tradeoff.ipynb #d4fb6e99
 def _weights(study, seed, steps):
     "A row per checkpoint: relative change of all weights, mean relative change of σ, shares of the change."
     opened = [Checkpoint(study.base(study.number(seed)), label="base")]
     opened += [Checkpoint(path, label=str(step)) for step, path in steps.items()]
-    pairs, told = [(0, i) for i in range(1, len(opened))], dict(progress=False, cache=False, workers=study.at_once)
-    found = compare_all(opened, pairs, study.preset.band, **told)
-    sums = found.parts.groupby("other")[["change_norm", "weight_norm"]].agg(lambda x: (x**2).sum())
-    table = pd.DataFrame(dict(change=(sums.change_norm / sums.weight_norm) ** 0.5))
+    told = dict(fraction=study.preset.band, progress=False, cache=False, workers=study.at_once)
+    found = compare_all(opened, **told)
+    table = pd.DataFrame(dict(change=total_change(found.parts)))
     table["sigma"] = found.changes.groupby("other").mean_abs_change.mean()
     table["degrees"] = np.degrees(found.angles.groupby("other")["mean"].mean())
     shares = {c: energy_share(found.changes, f"dw_{c}") for c in ("head_head", "diagonal")}
@@ -93,12 +71,13 @@ def answers(
     seed: int,  # which repetition
 ) -> Path:
     "The stage of what the checkpoints along SFT answer, and of their weights."
-    steps, at = self.steps(seed), dict(seed=seed, base=self.number(seed))
+    steps, at = along(self.folder(seed) / "sft"), dict(seed=seed, base=self.number(seed))
+    del steps[0]  # the base
 
     def make(part):
         rows = [self.ask(path, str(step))["evaluations"] for step, path in steps.items()]
-        _keep(part, pd.concat(rows, ignore_index=True).assign(**at), "evaluations")
-        _keep(part, _weights(self, seed, steps).assign(**at), "weights")
+        keep_table(pd.concat(rows, ignore_index=True).assign(**at), part / "evaluations.parquet")
+        keep_table(_weights(self, seed, steps).assign(**at), part / "weights.parquet")
 
     asked = self.depends("test", "band", seed=seed)
     return stage(self.folder(seed) / "answers", asked, steps.values(), make)
@@ -111,8 +90,7 @@ def cells(
 ) -> list:  # of `Cell`
     "The pieces of work of a seed."
     if seed is None:
-        numbers = sorted({self.number(s) for s in self.seeds})
-        return [Cell(None, "base", self.base_folder(n), (), partial(self.base_evaluations, n)) for n in numbers]
+        return super(SFTRuns, self).cells()
     at = self.folder(seed)
     sft = Cell(seed, "sft", at / "sft", (), partial(self.sft, seed))
     return [sft, Cell(seed, "answers", at / "answers", (sft.folder,), partial(self.answers, seed))]
@@ -127,16 +105,16 @@ def stage_seconds(
     "How long the stages will take."
     told, each = super(SFTRuns, self).stage_seconds(answer, example), 2 * self.preset.test_problems * answer
     points = len({*self.preset.sft_at, *self.starts}) + self.preset.sft_points
-    return told | dict(base=each, answers=points * each)
+    return told | dict(asked=each, answers=points * each)
 
 # %% ../nbs/06e_tradeoff.ipynb #630b3a0c
 def curves(
     evaluations: pd.DataFrame,  # arm, seed, base, checkpoint (the step, as text), rule, solved_first, read
-    bases: pd.DataFrame,  # the same of the bases, without arm and seed
+    bases: pd.DataFrame,  # the same of the bases, without arm, seed and checkpoint
 ) -> pd.DataFrame:  # arm, seed, base, step, ID, OOD, read (under the other rule)
     "A row per arm, repetition and step: shares of the test problems."
     arms = evaluations[["arm", "seed", "base"]].drop_duplicates()
-    at_start = arms.merge(bases[["base", "checkpoint", "rule", "solved_first", "read"]], on="base")
+    at_start = arms.merge(bases[["base", "rule", "solved_first", "read"]], on="base").assign(checkpoint="0")
     table = pd.concat([evaluations, at_start], ignore_index=True)
     table["step"] = table.checkpoint.astype(int)
     key = ["arm", "seed", "base", "step"]
@@ -278,13 +256,10 @@ def collect_arms(
     share: float = 0.5,  # of what the reference gains
 ) -> dict:  # {name: table}: evaluations, bases, weights, curves, equal, summary, beside
     "The tidy tables of a comparison."
-    first = next(iter(studies.values()))
     kept = [(arm, study.folder(seed) / "answers") for arm, study in studies.items() for seed in study.seeds]
     read = lambda name: [pd.read_parquet(folder / f"{name}.parquet").assign(arm=arm) for arm, folder in kept]
     tables = {name: pd.concat(read(name), ignore_index=True) for name in ("evaluations", "weights")}
-    numbers = sorted({first.number(seed) for seed in first.seeds})
-    asked = [pd.read_parquet(first.base_folder(n) / "evaluations.parquet").assign(base=n) for n in numbers]
-    tables["bases"] = pd.concat(asked, ignore_index=True)
+    tables["bases"] = next(iter(studies.values())).base_answers()
     return tables | read_arms(tables, list(studies), pairs, share)
 
 
@@ -329,10 +304,13 @@ def arm_rows(
 def arms_page(
     tables: dict,  # curves, summary and beside
     command: str = "gp-spectral tradeoff",  # the command line that made it
+    share: float = 0.5,  # of what the reference gains: where the arms are compared
 ) -> str:  # HTML that needs no network
     "The page of a comparison."
     arms, pairs = arm_rows(tables)
-    told = dict(command=command, library=library, chart_of=chart_json(curves_chart(tables["curves"])))
+    told = dict(
+        command=command, share=f"{share:.0%}", library=library, chart_of=chart_json(curves_chart(tables["curves"]))
+    )
     told |= dict(arms=arms, arms_head=SUMMARY_HEAD, pairs=pairs, pairs_head=BESIDE_HEAD)
     return TEMPLATES.get_template("tradeoff.html.j2").render(**told)
 
@@ -341,13 +319,14 @@ def write_arms(
     tables: dict,  # of `collect_arms`
     root: Path,  # folder of the grid
     command: str = "gp-spectral tradeoff",  # the command line that made it
+    share: float = 0.5,  # of what the reference gains: where the arms are compared
 ) -> Path:  # report.html
     "Writes tables/*.parquet and report.html (one file, opens offline)."
     (root / "tables").mkdir(exist_ok=True)
     for name, table in tables.items():
         write_table(table, root / "tables" / f"{name}.parquet")
     with atomic(root / "report.html") as part:
-        part.write_text(arms_page(tables, command), encoding="utf-8")
+        part.write_text(arms_page(tables, command, share), encoding="utf-8")
     return root / "report.html"
 
 # %% ../nbs/06e_tradeoff.ipynb #225d1430
@@ -361,6 +340,9 @@ def _arms_of(vary):
     first = [text.split("=")[0].split("+")[0].strip() for text in vary]
     short = [", ".join(point[key] for key in first) for point in points]
     names = short if len(set(short)) == len(short) else [" ".join(point.values()) for point in points]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"--vary gives the arm {twice[0]!r} twice: expected different ones")
     return dict(zip(names, points))
 
 # %% ../nbs/06e_tradeoff.ipynb #570f9a04
@@ -380,15 +362,14 @@ def tradeoff(
     root, studies, arms = Path(out) / f"{preset}-tradeoff", {}, _arms_of(vary)
     for unknown in {arm for pair in pairs for arm in pair} - set(arms):
         raise ValueError(f"there is no arm {unknown!r} to compare: expected some of {', '.join(arms)}")
-    command = f"gp-spectral tradeoff --preset {preset}" + "".join(f" --vary {text}" for text in vary)
     for arm, point in arms.items():
-        chosen = load_preset(preset, (overrides or {}) | point)
-        count = (chosen.seeds if seeds is None else seeds) * len(chosen.bases or (chosen.model,))
-        studies[arm] = SFTRuns(chosen, root / arm.replace("/", "_"), range(first, first + count), progress)
-        studies[arm].check()
-    for arm, study in studies.items():
+        where, told = root / arm.replace("/", "_"), (overrides or {}) | point
+        studies[arm] = repeated(SFTRuns, preset, where, seeds, first, told, progress)
+    asked = [x for text in vary for x in ("--vary", text)] + [x for pair in pairs for x in ("--beside", *pair)]
+    command = command_of("tradeoff", preset, next(iter(studies.values())), overrides, *asked)
+    for study in studies.values():
         run_all(study, command, lambda: None, workers)
-    in_one_process(lambda: write_arms(collect_arms(studies, pairs, share), root, command))
+    in_one_process(lambda: write_arms(collect_arms(studies, pairs, share), root, command, share))
     return root / "report.html"
 
 # %% ../nbs/06e_tradeoff.ipynb #fd0abbd7
@@ -396,14 +377,9 @@ def tradeoff_arguments(
     parser: argparse.ArgumentParser,  # of the command
 ):
     "What `gp-spectral tradeoff` can be told."
-    preset_arguments(parser, "tiny-rule")
-    parser.add_argument("--vary", action="append", default=[], metavar="KEY=V,V", help="the arms: values of a setting")
+    grid_arguments(parser, "tiny-rule", "the arms: values of a setting", "the folder is OUT/PRESET-tradeoff")
     beside = "compare arm A with arm B; may be repeated; default: each with the first"
     parser.add_argument("--beside", nargs=2, action="append", default=[], metavar=("A", "B"), help=beside)
-    parser.add_argument("--seeds", type=int, help="repetitions for each base; default: the preset's")
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first repetition")
-    parser.add_argument("--out", default="runs", help="the folder is OUT/PRESET-tradeoff")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the stages, as of `study`")
     parser.epilog = "Keys that go together are joined by +, and so are their values; an arm is called by the first."
 
 

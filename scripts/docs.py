@@ -215,7 +215,8 @@ def constraints(notebooks):
     "The page of SFT under constraints, from its tables."
     from gp_spectral.tradeoff import arms_page
 
-    return arms_page(tables_of(notebooks / "studies" / "constraints", ("curves", "summary", "beside")))
+    tables = tables_of(notebooks / "studies" / "constraints", ("curves", "summary", "beside"))
+    return arms_page(tables, "gp-spectral tradeoff --preset tiny-constraints --first 18 …")
 
 
 PAGES = {  # to click on: title, what it is, what makes it

@@ -26,6 +26,7 @@ BELOW, POWER = "test_report.py::test_a_rise_below", "test_report.py::test_what_c
 TWO_WAY, RATIO = "test_report.py::test_two_ways_by_hand", "test_report.py::test_a_ratio_by_simulation"
 SPLIT, FREE = "test_report.py::test_a_fall_is_reading", "test_tradeoff.py::test_gradients_lie"
 HELD, GOES_ON = "test_tradeoff.py::test_each_arm", "test_tradeoff.py::test_a_killed_training"
+TWIN = "test_tradeoff.py::test_sft_that_goes_on"
 CURVES, EQUAL = "test_tradeoff.py::test_curves_begin", "test_tradeoff.py::test_equal_success_by_hand"
 TURN, SAID = "test_said.py::test_a_turn_ends_once", "test_said.py::test_"
 
@@ -328,7 +329,15 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
     ),
     "weights leave the set": ("constraint", "Constraint", "on_step_end", "allowed.nearest(p)", "p", HELD),
     "a constraint measures from where it goes on": ("constraint", "", "_start_of", "start is None", "True", GOES_ON),
-    "embeddings are free under sigma": ("constraint", "", "_rules", "and name not in matrices", "and False", HELD),
+    "embeddings are free under sigma": (
+        "constraint",
+        "",
+        "_rules",
+        "not (what == 'matrices' and name in matrices)",
+        "name in matrices",
+        HELD,
+    ),
+    "SFT that goes on beside RL is free": ("stages", "", "_go_on", "callbacks=held", "callbacks=()", TWIN),
     "curves begin anywhere": (
         "tradeoff",
         "",

@@ -7,9 +7,10 @@ import torch
 from gp_spectral.angles import compare_all, energy_share
 from gp_spectral.checkpoint import Checkpoint
 from gp_spectral.constraint import CONSTRAINTS, Constraint
+from gp_spectral.models import load_model
 from gp_spectral.preset import load_preset
 from gp_spectral.sft import train_sft
-from gp_spectral.stages import Study
+from gp_spectral.stages import Study, trained_in
 from gp_spectral.tradeoff import at_equal, tradeoff
 
 LITTLE = dict(
@@ -90,6 +91,9 @@ def test_the_page_needs_no_network(made):
     root, _ = made
     page = (root / "report.html").read_text()
     assert "Which SFT keeps more?" in page and "<script src" not in page and "sigma" in page
+    command = page.partition("<code>")[2].partition("</code>")[0]
+    assert "--seeds 1 --first 5 --vary" in command and "--beside sigma embeddings --set cards=3" in command
+    assert "50% of what the first way gains" in page
 
 
 def test_the_same_command_has_nothing_left_to_do(made):
@@ -121,6 +125,23 @@ def test_a_killed_training_goes_on_under_its_constraint(tmp_path, monkeypatch):
     assert whole == killed
 
 
+def test_sft_that_goes_on_beside_rl_is_held_as_sft_is(tmp_path):
+    little = LITTLE | dict(sft_constraint="embeddings", ppo_iterations="1", ppo_samples="12", ppo_minibatch="12")
+    study = Study(load_preset("tiny", little), tmp_path, [5])
+    study.sft(5)
+    twin = trained_in(study.twin(5, "worked"))
+    changes = compare_all(["tiny", twin], cache=False, progress=False).parts.set_index("part").change_norm
+    assert changes["embeddings"] > 0 == changes["matrices"] == changes["norms"]
+
+
+def test_a_matrix_that_cannot_be_decomposed_is_named():
+    model = load_model("tiny", device="cpu")[0]
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight.*NaN"):
+        Constraint("head").on_train_begin(None, None, None, model=model)
+
+
 def test_what_cannot_be_constrained_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sft_constraint = 'sigma': expected none beside lora"):
         load_preset("tiny", dict(lora="4", sft_constraint="sigma"))
@@ -134,7 +155,7 @@ def test_what_cannot_be_constrained_is_refused(tmp_path):
 def test_an_adapter_is_no_matrix_of_the_model():
     from peft import get_peft_model
 
-    from gp_spectral.models import load_model, lora_config
+    from gp_spectral.models import lora_config
 
     model = get_peft_model(load_model("tiny", device="cpu")[0], lora_config(2))
     with pytest.raises(ValueError, match="adapter"):
@@ -144,8 +165,6 @@ def test_an_adapter_is_no_matrix_of_the_model():
 @pytest.mark.parametrize("what", [k for k in CONSTRAINTS if k not in ("none", "rpsft", "l2")])
 def test_gradients_lie_along_what_is_free(what):
     "Rotations are a curved set: there a step of this length leaves it by a twentieth of itself at most."
-    from gp_spectral.models import load_model
-
     model, rule = load_model("tiny", device="cpu")[0], Constraint(what, seed=3)
     rule.on_train_begin(None, None, None, model=model)
     draw = torch.Generator().manual_seed(0)
