@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 from fastcore.nbio import read_nb
@@ -35,6 +36,7 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.S)
 LIST = re.compile(r"^(?!\s|[-*+|>#]|\d+\.)(.+)\n(?=(?:[-*+]|1\.) )", re.M)  # right behind the line of a paragraph
 SIGNS = [(0x20, 0x7F), (0xA0, 0x100), (0x300, 0x400), (0x2010, 0x2300), (0x1D434, 0x1D468), (0x1D6A8, 0x1D71C)]
 NAME = re.compile(r"^### ([\w.]+)$", re.M)  # the heading that `show_doc` writes
+COLAB = "https://colab.research.google.com/github/"
 DROPPED = "](\0)"  # the end of a link that leads nowhere
 FRAME = """# {title}
 
@@ -69,12 +71,12 @@ def plain(text):
 class Site:
     "Notebooks as pages: what each becomes, and how links lead there."
 
-    def __init__(self, processed, address):
-        "`processed`: nbdev's folder of notebooks; `address`: where nbdev's links say that the site is."
+    def __init__(self, processed, config):
+        "`processed`: nbdev's folder of notebooks; `config`: nbdev's, which says where the site and the source are."
         names = [p.relative_to(processed) for p in sorted(processed.rglob("*.ipynb"))]
         self.pages = {name.as_posix(): nbpath2html(name).with_suffix(".md").as_posix() for name in names}
         self.notebooks = {name: read_nb(processed / name) for name in self.pages}
-        self.address = address.rstrip("/") + "/"
+        self.config, self.address = config, config.doc_url.rstrip("/") + "/"
         outputs = {name: "\n".join(map(self.asis, nb.cells)) for name, nb in self.notebooks.items()}
         self.shown = {self.pages[name]: {x.lower() for x in NAME.findall(text)} for name, text in outputs.items()}
 
@@ -131,6 +133,13 @@ class Site:
         shown = [] if told.get("echo") == "false" or not source else [f"````python\n{source}\n````"]
         return "\n\n".join([*shown, *(self.output(o, name, pictures) for o in cell.outputs)])
 
+    def elsewhere(self, name):
+        "Where a notebook can be read and run."
+        repo, place = self.config.git_url.rstrip("/"), f"blob/{self.config.branch}/{self.config.nbs_path.name}/{name}"
+        colab = f"{COLAB}{urlsplit(repo).path[1:]}/{place}"
+        first = f"(there, `%pip install {self.config.lib_name}` first)"
+        return f"[The notebook]({repo}/{place}) · [open in Colab]({colab}) {first}\n{{: .elsewhere }}"
+
     def write(self, name, folder):
         "Writes the page of a notebook, and its pictures beside it."
         front, *cells = self.notebooks[name].cells
@@ -140,7 +149,10 @@ class Site:
         head = json.dumps({key: told[key] for key in ("title", "description") if key in told}, ensure_ascii=False)
         page = folder / self.pages[name]
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(f"---\n{head}\n---\n\n# {told['title']}\n\n{promise}\n\n{body}\n", encoding="utf-8")
+        page.write_text(
+            f"---\n{head}\n---\n\n# {told['title']}\n\n{promise}\n\n{self.elsewhere(name)}\n\n{body}\n",
+            encoding="utf-8",
+        )
         for number, png in enumerate(pictures, 1):
             file = page.parent / f"{page.stem}_files" / f"{number}.png"
             file.parent.mkdir(exist_ok=True)
@@ -304,7 +316,7 @@ def build(
     "Processes the notebooks that have changed since the last time, and writes the site."
     config = get_config(ROOT)
     sys.path.insert(0, str(config.nbs_path))  # notebooks import example_pair from beside them
-    site = Site(proc_nbs(str(config.nbs_path), n_workers=0), config.doc_url)
+    site = Site(proc_nbs(str(config.nbs_path), n_workers=0), config)
     with tempfile.TemporaryDirectory() as work:
         pages = Path(shutil.copytree(LOOKS, Path(work) / "pages"))
         font(pages / "formulas.woff")

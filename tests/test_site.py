@@ -129,6 +129,13 @@ def test_every_paragraph_survives(site, notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
+def test_every_page_tells_where_its_notebook_is(site, notebook):
+    links = [to for _, to in page(site / page_of(notebook)).links]
+    place = f"gp-spectral/gp_spectral/blob/main/nbs/{notebook.as_posix()}"
+    assert {f"https://github.com/{place}", f"https://colab.research.google.com/github/{place}"} <= set(links)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
 def test_pictures_and_tables_survive(site, notebook):
     kept = [set(o.get("data", {})) for cell, _ in shown_cells(notebook) for o in cell.get("outputs", [])]
     outputs = page(site / page_of(notebook)).outputs
