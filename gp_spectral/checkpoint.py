@@ -6,8 +6,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_NAME', 'CHUNK', 'TABLES', 'PARTS', 'Entry', 'read_header', 'Held', 'Checkpoint', 'Matrix', 'describe',
-           'is_buffer', 'number', 'layer_range', 'part_of', 'as_parts', 'with_base', 'as_checkpoint', 'LowRank',
-           'same_name', 'Joined', 'preflight', 'common_weights', 'tell_apart']
+           'is_buffer', 'number', 'layer_range', 'part_of', 'as_parts', 'with_base', 'as_checkpoint', 'put_into',
+           'LowRank', 'same_name', 'Joined', 'preflight', 'common_weights', 'tell_apart']
 
 # %% ../nbs/03a_checkpoint.ipynb #22d4c190
 import hashlib
@@ -1300,6 +1300,18 @@ def _select(t, m, sizes, index):
     t = t.reshape(sizes)[_slices(index)]
     return t.reshape(m.shape[::-1]).T if m.transposed else t.reshape(m.shape)
 
+
+def put_into(
+    t,  # a tensor as it is stored, or a piece of it; contiguous; it is changed
+    m,  # a `Matrix` that lies in it
+    W,  # (out, in)
+    view=None,  # (sizes, index) of the matrix in a piece; None: it is the whole tensor
+):
+    "Puts a matrix where it lies in a tensor."
+    sizes, index = view or m.view or (t.shape, ())
+    part = t.view(sizes)[_slices(index)]
+    part.copy_((W.T if m.transposed else W).reshape(part.shape))
+
 # %% ../nbs/03a_checkpoint.ipynb #c274264a
 @patch
 def _expert(self: Checkpoint, m):
@@ -1838,8 +1850,7 @@ def _write_one(self: Checkpoint, goal, m, W):
     stored, _ = goal._in_store(m, W)
     start, stop, sizes, index = _span(*(m.view or (e.shape, ())))
     piece = _read(e, m.tensor, start, stop)
-    part = piece.reshape(sizes)[_slices(index)]
-    part.copy_((stored.T if m.transposed else stored).reshape(part.shape))
+    put_into(piece, m, stored, (sizes, index))
     with open(e.file, "r+b") as f:
         f.seek(e.start + start * e.dtype.itemsize)
         f.write(_raw(piece))

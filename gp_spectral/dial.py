@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from .chart import Chart, answering, words
-from .checkpoint import as_checkpoint, describe, layer_range, same_name
+from .checkpoint import as_checkpoint, describe, layer_range, put_into, same_name
 from .models import load_model
 from .play import evaluate, success_rate
 from .recovery import edit_matrix, load_methods, options_for, prepare
@@ -33,25 +33,27 @@ def _copied(job):
 
 
 def _edited(job, m, known):
-    "A matrix after the repair, as the model holds it; `known`: factors by name, those that are missing are added."
+    "A matrix after the repair, (out, in), rounded as stored; `known`: factors by name, missing ones are added."
     before, donor = job.pair(m)
     known[m.name] = known.get(m.name) or job.factors(m)
     told = dict(factors=known[m.name], options=options_for(job, m), depth=job.target.depth(m), **job.ranks)
-    after = job.target.as_stored(m, edit_matrix(job.method.name, before, donor, **told))
-    return after.T if m.transposed else after
+    return job.target.as_stored(m, edit_matrix(job.method.name, before, donor, **told))
 
 # %% ../nbs/07b_dial.ipynb #fa2faf97
 def edited_tensors(
     job,  # a `Repair`, see `prepare`
     known=None,  # {matrix: (target's, donor's) factors} that are known; what is missing is put in
 ) -> dict:  # {name of a stored tensor: its new value}
-    "What a repair makes of a checkpoint, in memory; a `ValueError` where a matrix is only a part of a stored tensor."
+    "What a repair makes of a checkpoint, in memory."
     if job.method.whole_layers:
         return _copied(job)
-    if part := next((m for m in job.matrices if m.view), None):
-        raise ValueError(f"{part.name} is a part of a stored tensor: repair this model by `recover`, into a folder")
-    known = {} if known is None else known
-    return {m.tensor: _edited(job, m, known) for m in job.matrices}
+    known, made = {} if known is None else known, {}
+    for m in job.matrices:
+        after = _edited(job, m, known)
+        if m.tensor not in made:  # of a fused tensor, some parts may stay as they are
+            made[m.tensor] = job.target.tensor(m.tensor).to(after.dtype, copy=True).contiguous()
+        put_into(made[m.tensor], m, after)
+    return made
 
 # %% ../nbs/07b_dial.ipynb #e4e482f4
 class Dial:
@@ -77,7 +79,12 @@ class Dial:
         places = dict(model.named_parameters())
         with torch.no_grad():
             for name, W in edited_tensors(job, self.known).items():
-                places[same_name(name, places)].copy_(W)
+                place = places.get(same_name(name, places))
+                if place is None or place.shape != W.shape:
+                    raise ValueError(
+                        f"{name} is held otherwise by the loaded model: repair it by `recover`, into a folder"
+                    )
+                place.copy_(W)
         return model, tokenizer
 
 # %% ../nbs/07b_dial.ipynb #5b0db9ff

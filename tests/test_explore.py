@@ -18,6 +18,7 @@ import pytest
 import torch
 from made import changed, weights, write
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
 from gp_spectral import app, dial, player
 from gp_spectral.angles import angle_profile
@@ -162,6 +163,36 @@ def test_a_dials_numbers_are_those_of_a_recovered_checkpoint(study, tmp_path, ed
         rate = success_rate(evaluate(folder, task, problems=study.problems(rule, 12), attempts=1))
         assert (found[rule], found[f"{rule}_low"]) == (rate["rate"], rate["low"])
     assert dial.ask(one, **edit) is found and found["ID"] + found["OOD"] > 0
+
+
+@pytest.mark.parametrize(
+    "config, kinds",
+    [
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64), ["q_proj", "c_fc"]),
+        (
+            Phi3Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+            ["v_proj", "up_proj"],
+        ),
+    ],
+    ids=["gpt2", "phi3"],
+)
+def test_a_part_of_a_fused_matrix_is_repaired_in_memory(tmp_path, config, kinds):
+    "As `recover` stores it; what is fused with it stays as it is."
+    config.vocab_size, config.pad_token_id = 128, 0
+    _, tokenizer = load_model("tiny")
+    for seed, name in enumerate(("target", "donor")):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    pair, told = (tmp_path / "target", tmp_path / "donor"), dict(method="anchored", top=0.5, kinds=kinds)
+    stored = load_file(recover(*pair, tmp_path / "out", progress=False, **told) / "model.safetensors")
+    before = load_file(tmp_path / "target/model.safetensors")
+    model, _ = dial.Dial(*pair, {}, {}).repaired(**told)
+    assert all(torch.equal(stored[name], model.state_dict()[name]) for name in stored)
+    assert {".".join(name.split(".")[-3:-1]) for name in stored if not torch.equal(stored[name], before[name])} == {
+        "gpt2": {"attn.c_attn", "mlp.c_fc"},
+        "phi3": {"self_attn.qkv_proj", "mlp.gate_up_proj"},
+    }[config.model_type]
 
 
 def test_the_dials_neighbours_are_the_studys_answers(study):
