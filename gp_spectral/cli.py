@@ -94,6 +94,11 @@ _SPECTRAL = {
         "how far the hidden states of prompts drifted, layer by layer, beside noise as large as the change",
         ("drift base/ sft/ rl/ --prompts questions.txt --plot drift.png",),
     ),
+    "updates": Command(
+        "updates",
+        "which single weights changed: how many, whether the principal ones, and the same ones in two trainings?",
+        ("updates base/ sft/ rl/", "updates sft/ rl/ base/ --layers 'last 2' --table updates.csv"),
+    ),
     "compare": Command(
         "angles",
         "which matrices, layers and bands turned from the first checkpoint to the others, and is it more than noise",
