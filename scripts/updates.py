@@ -58,7 +58,7 @@ def foretold(base, checkpoints, preset, seed):
 
     tasks, first, rows = preset.tasks(), load_model(str(base), dtype="float32"), []
     asked = tasks["ID"].problems("validation", PROMPTS, seed)
-    sampled = lambda loaded: play(*loaded, tasks["ID"], asked, attempts=1, temperature=1.0, seed=seed)
+    sampled = lambda loaded: play(*loaded, tasks["ID"], asked, attempts=1, temperature=1.0, seed=(seed,))
     own = sampled(first)
     before = log_probabilities(first[0], own)
     for name, folder in checkpoints.items():
