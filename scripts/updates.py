@@ -1,12 +1,15 @@
 """Of what kind the updates of the rule study are: tables of the study of updates.
 
-    python scripts/updates.py RUN OUT [--tables nbs/studies/updates]  # half an hour of one core
+    python scripts/updates.py RUN OUT [--tables nbs/studies/updates]  # twenty minutes of one core
 
 RUN is what `gp-spectral study --preset tiny-rule-bases` leaves; of its repetitions those of --seeds are read. What is
 finished in OUT is not made again. The plan is in nbs/studies/updates.ipynb.
 """
 
 import argparse
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +30,27 @@ def updated(of, seed):
         found = updates(before, others, seed=seed, progress=False, cache=None)
         tables.append([t.assign(since=since) for t in found])
     return [pd.concat(t, ignore_index=True) for t in zip(*tables)]
+
+
+def trained_again(end, out, seed, rl):
+    "RL or RFT from where SFT ended, with other draws than the study's."
+    folder = out / f"{rl}-{seed}"
+    if not (folder / "checkpoint").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        words = ["ppo", end, folder, "--preset", "tiny-rule-bases", "--seed", seed + 100, "--rl", rl]
+        words += ["--set", "curve_problems=20"]  # of a curve that is not used
+        subprocess.run([sys.executable, "-m", "gp_spectral", *map(str, words)], check=True, cwd=ROOT)
+    return folder / "checkpoint"
+
+
+def again(of, out, seed):
+    "What the updates of RL and RFT have in common with those of other draws, a row for each two."
+    from gp_spectral.updates import overlap_summary, updates
+
+    others = {name: of[key] for key, name in AFTER.items() if key in ("rl", "rft")}
+    others |= {f"{name} again": trained_again(of["end"], out, seed, rl) for rl, name in (("ppo", "RL"), ("rft", "RFT"))}
+    found = updates(of["end"], others, seed=seed, progress=False, cache=None)
+    return overlap_summary(found)
 
 
 def log_probabilities(model, episodes):
@@ -73,9 +97,8 @@ def foretold(base, checkpoints, preset, seed):
     return pd.DataFrame(rows)
 
 
-def measured(study, seed):
-    "The tables of one repetition."
-    of = {name: ROOT / path for name, path in study.checkpoints(seed).items()}
+def measured(study, seed, of):
+    "The tables of one repetition, without `again`."
     along = {f"SFT {int(p.name[5:])}": p for p in sorted((study.folder(seed) / "sft").glob("step-*"))}
     ends = {f"RL from {s}": of["rl" if s == study.preset.sft_steps else f"rl_{s}"] for s in study.starts}
     ends |= {name: of[key] for key, name in AFTER.items() if key != "rl"}
@@ -100,10 +123,13 @@ def main():
     args.tables.mkdir(parents=True, exist_ok=True)
     study, found = Study.open(args.run), []
     for seed in args.seeds:
-        files = {name: args.out / f"{seed}.{name}.parquet" for name in ("rows", "pairs", "foretold")}
-        if not all(f.exists() for f in files.values()):
-            for name, table in measured(study, seed).items():
+        of = {name: ROOT / path for name, path in study.checkpoints(seed).items()}
+        files = {name: args.out / f"{seed}.{name}.parquet" for name in ("rows", "pairs", "foretold", "again")}
+        if not files["foretold"].exists():
+            for name, table in measured(study, seed, of).items():
                 table.to_parquet(files[name])
+        if not files["again"].exists():
+            again(of, args.out, seed).assign(seed=seed, base=study.number(seed)).to_parquet(files["again"])
         found.append({name: pd.read_parquet(f) for name, f in files.items()})
         print(seed, "done", flush=True)
     for name in found[0]:
