@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import as_checkpoint, number, preflight, tell_apart, with_base
+from .checkpoint import TABLES, as_checkpoint, number, preflight, tell_apart, with_base
 from .folders import print_table, write_rows
 from .svd import factors, one_thread
 
@@ -166,8 +166,8 @@ def updates_arguments(
     parser.add_argument("others", nargs="+", help="what was made of it")
     parser.add_argument("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
     parser.add_argument("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
-    parts = dict(nargs="+", default=[], choices=("embeddings", "head"))
-    parser.add_argument("--include", help="parts besides the matrices inside the layers", **parts)
+    beside = "parts to look at besides the matrices inside the layers"
+    parser.add_argument("--include", nargs="+", default=[], choices=TABLES, help=beside)
     parser.add_argument("--rank", type=number, default=0.1, help="share of the leading ranks: 0.1 or 10%%")
     parser.add_argument("--share", type=number, default=0.05, help="share of a matrix's weights that is called touched")
     parser.add_argument("--base", help="what adapters are laid over, where their config does not say it")
