@@ -93,6 +93,16 @@ def _of_matrix(W, others, own, share, dtype, generator):
         known[name] = V - W, touched
     return rows, pairs
 
+# %% ../nbs/04d_updates.ipynb #8bb19607
+def _named(before, others, rank, share):
+    "(the checkpoint before, {name: checkpoint after}); a `ValueError` for shares that are none."
+    for name, value in (("rank", rank), ("share", share)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is {value}: expected a share between 0 and 1")
+    named = others if isinstance(others, dict) else {}
+    first, *rest = tell_apart([as_checkpoint(c) for c in (before, *(named.values() if named else others))])
+    return first, dict(zip(named or [c.label for c in rest], rest))
+
 # %% ../nbs/04d_updates.ipynb #3046755c
 def updates(
     before,  # a checkpoint, see `as_checkpoint`
@@ -107,14 +117,10 @@ def updates(
     progress: bool = True,  # a progress bar over matrices
 ) -> Updates:
     "Which single weights trainings changed; a `CheckpointError` for checkpoints that cannot be compared."
-    for name, value in (("rank", rank), ("share", share)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} is {value}: expected a share between 0 and 1")
-    named = others if isinstance(others, dict) else {}
-    first, *rest = tell_apart([as_checkpoint(c) for c in (before, *(named.values() if named else others))])
-    for c in rest:
+    first, rest = _named(before, others, rank, share)
+    for c in rest.values():
         preflight(first, c, kinds, include, layers)
-    rest = {name: c.named_as(first) for name, c in zip(named or [c.label for c in rest], rest)}
+    rest = {name: c.named_as(first) for name, c in rest.items()}
     matrices, generator = first.shared_matrices(rest.values(), kinds, layers, include=include), torch.Generator()
     rows, pairs = [], []
     with one_thread():

@@ -296,10 +296,7 @@ def test_the_report_can_be_made_again(finished, tmp_path):
     study, made = Study.open(root), [*(root / "tables").iterdir(), *(root / "figures").iterdir(), root / "report.html"]
     for file in made:
         file.unlink()
-    assert (
-        write_report(study, shlex.join(["gp-spectral", *(x for x in COMMAND if x not in ("--workers", "1"))]))
-        == root / "report.html"
-    )
+    assert write_report(study, shlex.join(["gp-spectral", *COMMAND[:5], *COMMAND[7:]])) == root / "report.html"
     for file in made:
         assert file.read_bytes() == (finished / file.relative_to(root)).read_bytes(), file.name
     assert not list(tmp_path.rglob("*.part"))
