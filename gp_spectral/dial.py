@@ -50,7 +50,10 @@ def edited_tensors(
     known, made = {} if known is None else known, {}
     for m in job.matrices:
         after = _edited(job, m, known)
-        if m.tensor not in made:  # of a fused tensor, some parts may stay as they are
+        if m.view is None:
+            made[m.tensor] = after.T if m.transposed else after
+            continue
+        if m.tensor not in made:  # some of its parts may stay as they are
             made[m.tensor] = job.target.tensor(m.tensor).to(after.dtype, copy=True).contiguous()
         put_into(made[m.tensor], m, after)
     return made

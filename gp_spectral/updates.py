@@ -70,27 +70,30 @@ class Updates(NamedTuple):
     pairs: pd.DataFrame  # matrix, weights, other, beside, inner, shared
 
 
-def _about(W, V, own, share, dtype):
-    "What is told of one change; `own`: the matrix's principal weights."
-    change = V - W
-    touched = largest(change, share)
-    principal = own[touched].double().mean().item() if touched.any() else float("nan")
+def _about(W, change, own, share, dtype):
+    "(what is told of one change, the weights that it touched); `own`: the matrix's principal weights."
+    touched, V = largest(change, share), W + change
     told = dict(size=W.norm().item(), change=change.norm().item(), equal=equal_share(W, V, dtype))
-    return told | dict(equal_bf16=equal_share(W, V), principal=principal), touched
+    return told | dict(equal_bf16=equal_share(W, V), principal=_share_in(own, touched)), touched
+
+
+def _share_in(own, touched):
+    "The share of touched weights that are among others; NaN where none of either are."
+    return own[touched].double().mean().item() if touched.any() and own.any() else float("nan")
 
 
 def _of_matrix(W, others, own, share, dtype, generator):
     "(rows, pairs) of one matrix; `others`: {name: the matrix after a training}."
     rows, pairs, known = [], [], {}
     for name, V in others.items():
-        told, touched = _about(W, V, own, share, dtype)
-        noise = W + as_large(V - W, generator) if told["change"] else W
-        noisy, _ = _about(W, noise, own, share, dtype)
+        change = V - W
+        told, touched = _about(W, change, own, share, dtype)
+        noisy, _ = _about(W, as_large(change, generator), own, share, dtype)
         rows += [dict(other=name, noise=False) | told, dict(other=name, noise=True) | noisy]
-        for beside, (change, also) in known.items():
-            both = also[touched].double().mean().item() if touched.any() and also.any() else float("nan")
-            pairs.append(dict(other=beside, beside=name, inner=torch.sum(change * (V - W)).item(), shared=both))
-        known[name] = V - W, touched
+        for beside, (earlier, also) in known.items():
+            inner, both = torch.sum(earlier * change).item(), _share_in(also, touched)
+            pairs.append(dict(other=beside, beside=name, inner=inner, shared=both))
+        known[name] = change, touched
     return rows, pairs
 
 # %% ../nbs/04d_updates.ipynb #8bb19607
@@ -134,6 +137,12 @@ def updates(
     return Updates(pd.DataFrame(rows), pd.DataFrame(pairs))
 
 # %% ../nbs/04d_updates.ipynb #b4eaf7bd
+def _mean(t, column):
+    "The mean of what is told of matrices, by their numbers of weights; NaN where nothing is told of any."
+    t = t[t[column].notna()]
+    return np.average(t[column], weights=t.weights) if len(t) else float("nan")
+
+
 def update_summary(
     found: Updates,  # from `updates`
 ) -> pd.DataFrame:  # other, noise, change (of the size), equal, equal_bf16, principal
@@ -141,10 +150,8 @@ def update_summary(
 
     def short(t):
         size = np.sqrt((t[["change", "size"]] ** 2).sum())
-        told = {k: np.average(t[k], weights=t.weights) for k in ("equal", "equal_bf16")}
-        moved = t[t.principal.notna()]
-        principal = np.average(moved.principal, weights=moved.weights) if len(moved) else float("nan")
-        return pd.Series(dict(change=size.change / size["size"]) | told | dict(principal=principal))
+        told = {k: _mean(t, k) for k in ("equal", "equal_bf16", "principal")}
+        return pd.Series(dict(change=size.change / size["size"]) | told)
 
     return found.rows.groupby(["other", "noise"], sort=False).apply(short, include_groups=False).reset_index()
 
@@ -156,10 +163,9 @@ def overlap_summary(
     size = found.rows[~found.rows.noise].groupby("other").change.apply(lambda x: np.sqrt((x**2).sum()))
     rows = []
     for (a, b), t in found.pairs.groupby(["other", "beside"], sort=False) if len(found.pairs) else ():
-        some = t[t.shared.notna()]
-        shared = np.average(some.shared, weights=some.weights) if len(some) else float("nan")
         length = size[a] * size[b]
-        rows.append(dict(other=a, beside=b, cosine=t.inner.sum() / length if length else float("nan"), shared=shared))
+        cosine = t.inner.sum() / length if length else float("nan")
+        rows.append(dict(other=a, beside=b, cosine=cosine, shared=_mean(t, "shared")))
     return pd.DataFrame(rows, columns=["other", "beside", "cosine", "shared"])
 
 # %% ../nbs/04d_updates.ipynb #6764e075

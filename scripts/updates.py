@@ -99,12 +99,14 @@ def foretold(base, checkpoints, preset, seed):
 
 def measured(study, seed, of):
     "The tables of one repetition, without `again`."
-    along = {f"SFT {int(p.name[5:])}": p for p in sorted((study.folder(seed) / "sft").glob("step-*"))}
+    from gp_spectral.stages import along
+
+    steps = {f"SFT {step}": folder for step, folder in along(study.folder(seed) / "sft").items()}
     ends = {f"RL from {s}": of["rl" if s == study.preset.sft_steps else f"rl_{s}"] for s in study.starts}
     ends |= {name: of[key] for key, name in AFTER.items() if key != "rl"}
     rows, pairs = updated(of, seed)
     about = dict(seed=seed, base=study.number(seed))
-    tables = dict(rows=rows, pairs=pairs, foretold=foretold(of["base"], along | ends, study.preset, seed))
+    tables = dict(rows=rows, pairs=pairs, foretold=foretold(of["base"], steps | ends, study.preset, seed))
     return {name: t.assign(**about) for name, t in tables.items()}
 
 
