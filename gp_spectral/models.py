@@ -169,7 +169,8 @@ def load_model(
     device: str | torch.device | None = None,  # None takes the GPU when there is one
 ):  # (model in eval mode, tokenizer with padding on the left)
     "A causal language model and its tokenizer; a `ValueError` names what is wrong with a checkpoint."
-    gc.collect()  # a GPU's memory is not given back for cycles of references
+    if torch.cuda.is_available():
+        gc.collect()  # a GPU's memory is not given back for cycles of references
     path = resolve(checkpoint)
     if is_adapter(path):
         return _with_adapter(path, dtype, device)

@@ -1,6 +1,7 @@
 "Options and fixtures that all tests share."
 
 import atexit
+import gc
 import os
 import shutil
 import socket
@@ -36,6 +37,12 @@ def pytest_configure(config):
             f"{name}_NUM_THREADS", "1" if several else "2"
         )  # two cores are what the tests are written for
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+
+
+def pytest_collection_finish():
+    "What has been imported stays: a collection of garbage, which trainings ask for, need not go through it each time."
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

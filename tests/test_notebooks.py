@@ -1,5 +1,6 @@
 "Every notebook runs, each in a process of its own, through nbdev's own runner."
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -20,6 +21,7 @@ PROCESSES.set_forkserver_preload(["nbdev.test", "altair", "gp_spectral.study", "
 
 def run(notebook, force, log):
     "Runs a notebook in this process, which ends with 1 if it fails; what it says goes into a file."
+    gc.freeze()  # what was imported before the fork is never garbage
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
