@@ -8,7 +8,7 @@ Docs: https://gp-spectral.github.io/gp_spectral/env.html.md"""
 __all__ = ['CARDS', 'FACES', 'RULES', 'MAX_FORMULA', 'REWARDS', 'PAPER_PROMPT', 'MAX_STEP', 'COMPACT_RULE', 'MAX_COMPACT',
            'STYLES', 'SPLITS', 'SPLIT_SEED', 'card_numbers', 'solve', 'FormulaError', 'evaluate_formula', 'Problem',
            'Feedback', 'judge', 'paper_prompt', 'paper_answer', 'read_paper', 'steps_to', 'compact_prompt',
-           'compact_answer', 'read_compact', 'verify', 'hand_splits', 'GeneralPoints']
+           'compact_answer', 'read_compact', 'verify', 'hand_splits', 'check_known', 'splits_to_train', 'GeneralPoints']
 
 # %% ../nbs/00_env.ipynb #64d35057
 import hashlib
@@ -549,14 +549,19 @@ def hand_splits(
 _LENGTHS = dict(compact=40, paper=512)  # tokens of an answer
 
 
-def _known(**given):
+def check_known(
+    **given,  # name: (value, those that there are)
+):
+    "A `ValueError` names what is not one of those that there are."
     for name, (value, allowed) in given.items():
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(map(str, allowed))}")
 
 
-def _to_train(splits):
-    "The splits that training may be dealt from, in their order."
+def splits_to_train(
+    splits,  # 'train', 'pretrain' or both, in a tuple
+) -> tuple:
+    "The splits that training may be dealt from, in their order; a `ValueError` where they are others."
     found = tuple(s for s in ("pretrain", "train") if s in tuple(splits))
     if isinstance(splits, str) or not found or set(splits) - set(found):
         raise ValueError(f"train_splits {splits!r}: expected 'train', 'pretrain' or both, in a tuple")
@@ -577,14 +582,14 @@ class GeneralPoints:
         max_new_tokens=None,  # of an answer; None: 40 for a compact one (of 34 words at most), 512 for the paper's
         train_splits=("train",),  # splits whose hands training is dealt from: 'train', 'pretrain', or both
     ):
-        _known(rule=(rule, RULES), style=(style, STYLES), n_cards=(n_cards, (2, 3, 4)))
+        check_known(rule=(rule, RULES), style=(style, STYLES), n_cards=(n_cards, (2, 3, 4)))
         self.rule, self.target, self.n_cards, self.style = rule, target, n_cards, style
         self.attempts, self.split_seed = attempts, split_seed
         self.targets = tuple(range(target[0], target[1] + 1)) if isinstance(target, (tuple, list)) else (int(target),)
         if not self.targets:
             raise ValueError(f"target {target!r}: expected a number, or (low, high) with low not above high")
         self.faces = tuple(RULES[rule][f] for f in FACES)
-        self.max_new_tokens, self.train_splits = max_new_tokens or _LENGTHS[style], _to_train(train_splits)
+        self.max_new_tokens, self.train_splits = max_new_tokens or _LENGTHS[style], splits_to_train(train_splits)
 
     def __repr__(self):
         usual = dict(attempts=5, split_seed=SPLIT_SEED, max_new_tokens=_LENGTHS[self.style], train_splits=("train",))
@@ -657,7 +662,7 @@ def problems(
     even=False,  # deal the hands in turn, each as often as any other (give or take one), not by chance
 ) -> list:  # of `Problem`
     "Deals `n` solvable hands of a split."
-    _known(split=(split, SPLITS))
+    check_known(split=(split, SPLITS))
     rng, hands = random.Random(f"{self.rule}:{split}:{seed}"), self._hands(split)
     if not hands:
         raise ValueError(f"no hand of {self.n_cards} cards in split {split!r} reaches {self.target} under {self.rule}")

@@ -428,7 +428,7 @@ def plot_points(
     _fill(axes[0], lost, percent(lost), lambda v: shade(0.8 * max(0.0, v) / lost.max().max()), "lost by SFT, points")
     _fill(axes[1], classes, classes.replace(" ", "\n", regex=True), lambda v: (*to_rgb(CLASSES[v]), 0.6), "RL there")
     texts = percent(before) + " → " + percent(after)
-    _fill(axes[2], after, texts, lambda v: reading(0.6 * v), "faces read as told, %, before → after RL")
+    _fill(axes[2], after, texts, lambda v: reading(0.6 * v), "read as told, %, before → after RL")
     plt.close(figure)
     return figure
 

@@ -589,7 +589,7 @@ class Learner:
         accelerator: Accelerator,
         tokenizer: Any = None,  # of a model that comes alone
     ):
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.warned = config, accelerator, False
         self.bare, self.tokenizer = _open(model, config, accelerator.device, tokenizer)
         frozen = config.kl != "off" and not config.lora
         self.reference = copy.deepcopy(self.bare).requires_grad_(False) if frozen else None
@@ -849,20 +849,22 @@ def _row(e, limit):
 
 # %% ../nbs/02_ppo.ipynb #7f61af38
 def _warn_silent(e):
-    "A warning where rewards tell nothing of a round that is not solved."
+    "Warns where rewards tell nothing of a round that is not solved; whether that was so."
     turns = [t for x in e.batch.episodes for t in x.turns]
     same = len(turns) > 1 and len({t.feedback.reward for t in turns}) == 1
     if same and not all(x.solved for x in e.batch.episodes):
         what = f"every answer of a round earned the same, {turns[0].feedback.reward}: there is nothing to learn from"
         moves = "with lam below 1 PPO still comes to prefer short answers, and whiten makes that large"
         warnings.warn(f"{what}, and {moves}; look at the verifier, or give PPO lam=1 and whiten=False", stacklevel=5)
+        return True
+    return False
 
 
 @patch
 def told(self: Learner, e: Experience) -> dict:
     "What the log has besides: how good the values were, and how far another engine's tokens are from the policy."
     if self.config.kl != "reward":
-        _warn_silent(e)
+        self.warned = self.warned or _warn_silent(e)  # once in a training
     returns = e.returns[e.acts]
     spread = returns.var().item() if len(returns) > 1 else 0.0
     row = dict(explained_variance=1 - (returns - e.values[e.acts]).var().item() / spread if spread > 0 else 0.0)

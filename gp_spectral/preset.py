@@ -24,7 +24,8 @@ from fastcore.basics import patch
 
 from .config import Config, describe, option
 from .constraint import CONSTRAINTS
-from .env import GeneralPoints
+from .domains import DOMAINS
+from .env import RULES, GeneralPoints
 from .grpo import GRPOConfig
 from .ppo import PPOConfig
 from .sft import SFTConfig
@@ -83,28 +84,32 @@ _Trainings = make_dataclass("_Trainings", _settings, bases=(_Keyed,), frozen=Tru
 # %% ../nbs/06_preset.ipynb #8c0a771e
 @dataclass(frozen=True)
 class Game(_Keyed):
-    "The game, and the model that plays it."
+    "What is played, and the model that plays it."
 
     model: str = option("tiny", "what all begins with: tiny, tiny-rule, smollm2, a folder, or org/name on the hub")
     bases: tuple[str, ...] = option((), "instead of model: several, one after the other, each with so many seeds")
-    id_rule: str = option("faces_as_ten", "the rule that is trained")
-    ood_rule: str = option("faces_as_rank", "the other rule")
-    cards: int = option(4, "in a hand", least=1)
-    target: str = option("24", "a number, or a range such as 10-30: each problem has one that its hand can reach")
-    style: str = option("compact", "of prompt and answer: compact or paper")
+    task: str = option("points", "the card game, points, or another domain", choices=("points", *DOMAINS))
+    id_rule: str = option("", "the rule that is trained; empty: the first that the task has")
+    ood_rule: str = option("", "the other rule; empty: the second that the task has")
+    cards: int = option(4, "in a hand; in another domain the numbers or letters of a problem", least=1)
+    target: str = option("24", "of points: a number, or a range such as 10-30, of which each hand gets one in reach")
+    style: str = option("compact", "of prompt and answer in points: compact or paper")
     max_new_tokens: int = option(0, "the longest answer; 0: the style's own limit", least=0)
 
     def tasks(
         self,
         splits: tuple = ("train",),  # whose hands training is dealt
     ) -> dict:  # {'ID': task, 'OOD': task}
-        "The game under both rules; a `ValueError` where there is no such game."
+        "What is played, under both rules; a `ValueError` where there is no such game."
+        first, second = RULES if self.task == "points" else DOMAINS[self.task].RULES
+        rules, longest = dict(ID=self.id_rule or first, OOD=self.ood_rule or second), self.max_new_tokens or None
+        if self.task != "points":
+            return {name: DOMAINS[self.task](rule, self.cards, splits, longest) for name, rule in rules.items()}
         try:
             target = tuple(int(x) for x in self.target.split("-")) if "-" in self.target else int(self.target)
         except ValueError:
             raise ValueError(f"target = {self.target!r}: expected a number, or a range such as 10-30") from None
-        told = dict(max_new_tokens=self.max_new_tokens or None, train_splits=splits)
-        rules = dict(ID=self.id_rule, OOD=self.ood_rule)
+        told = dict(max_new_tokens=longest, train_splits=splits)
         return {name: GeneralPoints(rule, target, self.cards, self.style, **told) for name, rule in rules.items()}
 
 # %% ../nbs/06_preset.ipynb #a9da05df
@@ -167,6 +172,9 @@ class Preset(_Arms, _Measured, _Trainings, Game):
             self.refuse("rl_hands", "train where rl_splits are not sft_splits: SFT was not given those")
         if self.lora and self.sft_constraint != "none":
             self.refuse("sft_constraint", "none beside lora, which is a constraint itself")
+        for name, usual in dict(target="24", style="compact", sft_rules="one").items():
+            if self.task != "points" and getattr(self, name) != usual:
+                self.refuse(name, f"{usual} where task is not points, which alone has others")
         if not self.tops:
             self.refuse("tops", "at least one share of the ranks")
         if 1.0 not in self.ppo_starts:

@@ -327,7 +327,7 @@ def _what_fell(evidence):
     if parts is None:
         return
     reading, skill = parts
-    for name, part in (("reading the faces as told", reading), ("solving what was read", skill)):
+    for name, part in (("reading the rule as told", reading), ("solving what was read", skill)):
         yield _row("C1", f"of this, {name}", _mean_of(part, evidence.unit), side="<")
     text = "at least half of the fall is reading (reading − skill)"
     yield _row("C1", text, _mean_of(reading - skill, evidence.unit), side="<", margin=0)
@@ -397,7 +397,7 @@ def _beside_twins(evidence):
 def _parts_of_the_gain(evidence):
     "Rows: the parts of RL's gain."
     parts = _reading_and_skill(evidence, "end", "rl")
-    for name, part in zip(("reading the faces as told", "solving what was read"), parts or ()):
+    for name, part in zip(("reading the rule as told", "solving what was read"), parts or ()):
         yield _row("C2", f"of RL's gain, {name}", _mean_of(part, evidence.unit))
 
 # %% ../nbs/06b_report.ipynb #2133a482
@@ -1282,7 +1282,7 @@ SUCCESS_HEAD = [
     "rule",
     "first attempt, %",
     "95 % interval",
-    "faces read as told, %",
+    "read as told, %",
     "solved when read, %",
     "8 samples: mean → any, %",
     "several attempts: first → within all, %",
@@ -1479,8 +1479,7 @@ def _page(preset, tables, pictures=(), command="", made_with=None):
     return TEMPLATES.get_template("report.html.j2").render(
         preset=preset,
         settings=json.dumps(dataclasses.asdict(preset)),
-        id_rule=_RULES.get(preset.id_rule, preset.id_rule),
-        ood_rule=_RULES.get(preset.ood_rule, preset.ood_rule),
+        **{f"{name.lower()}_rule": _RULES.get(task.rule, task.rule) for name, task in preset.tasks().items()},
         seeds=single.seed.nunique(),
         problems=single.groupby(["checkpoint", "rule", "seed"]).size().iloc[0],
         claims_head=CLAIMS_HEAD,

@@ -460,8 +460,9 @@ def depends(
     **more,  # what is no setting: seed, step
 ) -> dict:  # {setting: value}
     "What a stage depends on: the game, the model, and the settings whose names begin so."
-    always = {*model, *(s.name for s in fields(Game))}
-    return {k: v for k, v in asdict(self.preset).items() if k.startswith(beginnings) or k in always} | more
+    always = {*model, *(s.name for s in fields(Game))} - ({"task"} if self.preset.task == "points" else set())
+    known = asdict(self.preset) | {f"{name.lower()}_rule": task.rule for name, task in self.tasks.items()}
+    return {k: v for k, v in known.items() if k.startswith(beginnings) or k in always} | more
 
 # %% ../nbs/06a_stages.ipynb #76ca94a2
 def _constraints(preset, model, seed):

@@ -2,12 +2,14 @@
 
     python scripts/pretrain.py --minutes 22 --threads 2 --out gp_spectral/models/tiny
     python scripts/pretrain.py --steps 1000 --mix rank=.99,random=.01 --cards 3:1 --target 1-30 --out DIR
+    python scripts/pretrain.py --steps 1000 --task countdown --mix ood=.99,random=.01 --out DIR
 
 Everything is made here: a word-level tokenizer, a Llama of 0.8 million parameters, and online data from the solver.
 Only hands of the split `pretrain` occur with the largest number of cards; smaller hands are not split. By default the
 model sees the game under many readings of J, Q and K, both of the study's among them, and many targets; `--mix` says
 how often which reading is stated, `--cards` how many cards are dealt how often. With `--steps` on one thread the same
 command gives the same bits; `--keep-every` keeps the model on the way, so that one run gives a family of bases.
+`--task` is another domain in the place of the game (`gp_spectral.domains`), whose rules `--mix` calls id and ood.
 
 The loss is cross-entropy on the answer. A step-wise solution is drawn uniformly, step by step, from the first steps
 of all solutions.
@@ -24,6 +26,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gp_spectral import env
+from gp_spectral.domains import DOMAINS, LETTERS, PEOPLE, THINGS, VERBS
 
 WORDS = (
     "You failed this trial because illegal formula answer has no steps a step is not of the form partial solution "
@@ -33,17 +36,21 @@ WORDS = (
     "parenthesis without an opening one empty ends early never closed target cards"
 ).split()
 SYMBOLS = "+ - * / = ; ( ) [ ] , . : ' ->".split()
+DOMAIN_WORDS = [*"# #### @ ? max min numbers sort wrong dozen how has".split(), *LETTERS, *PEOPLE, *THINGS]
+DOMAIN_WORDS += [verb for verbs in VERBS.values() for verb in verbs]
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <|end|> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
-def build_tokenizer():
+def build_tokenizer(more=()):
     special = ["<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     words = special + [str(n) for n in range(201)] + ["A", "J", "Q", "K"] + SYMBOLS + sorted(set(WORDS) - {"A"})
+    words += more
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+|[A-Za-z']+|[^\s]"), behavior="removed", invert=True)
+    pattern = "####|" * bool(more) + r"\d+|[A-Za-z']+|[^\s]"
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<pad>",
@@ -161,8 +168,13 @@ class Data:
             )
         return text
 
-    def example(self, two_turns):
+    def dealt(self):
+        "A problem, and what draws a right answer to it."
         problem = self.mixture.draw(self.rng)
+        return problem, lambda: env.compact_answer(problem, self.rng)
+
+    def example(self, two_turns):
+        problem, answer = self.dealt()
         chat = [{"role": "user", "content": self.game.prompt(problem)}]
         if two_turns:
             wrong = self.wrong_answer(problem)
@@ -173,7 +185,7 @@ class Data:
                     {"role": "user", "content": self.game.retry(feedback)},
                 ]
         prompt = self.ids(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        return prompt, self.ids(env.compact_answer(problem, self.rng)) + [self.tokenizer.eos_token_id]
+        return prompt, self.ids(answer()) + [self.tokenizer.eos_token_id]
 
     def batch(self, n):
         two_turns = self.rng.random() < 0.08  # one kind a batch: less padding
@@ -184,6 +196,56 @@ class Data:
             ids[i, : len(p) + len(a)] = torch.tensor(p + a)
             labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
         return ids, labels
+
+    def measured(self, model, split="validation", n=400):
+        "Success under each rule, and the share of face cards read as told."
+        row, target = {}, 24 if self.mixture.target == (24, 24) else self.mixture.target
+        for rule in env.RULES:
+            game = env.GeneralPoints(rule, target, self.mixture.largest)
+            problems = game.problems(split, n, 0)
+            texts = played(model, self.tokenizer, game, problems)
+            row[rule] = sum(game.verify(p, t).solved for p, t in zip(problems, texts)) / n
+            right, faces = map(sum, zip(*map(read_as_told, problems, texts)))
+            row[f"read_{rule}"] = round(right / faces, 4)
+        return row
+
+
+class DomainData(Data):
+    "The same of another domain, of the problems of its split for pretraining."
+
+    def __init__(self, tokenizer, seed, domain, size, mix):
+        self.rng, self.tokenizer, self.mix = random.Random(seed), tokenizer, mix
+        self.tasks = dict(zip(("id", "ood"), (domain(rule, size) for rule in domain.RULES)))
+        self.game = self.tasks["id"]
+        self.hands = self.game.dealt("pretrain")
+
+    def meaning(self):
+        "What the sign means, by the shares."
+        kind = self.rng.choices(list(self.mix), list(self.mix.values()))[0]
+        return self.tasks[kind].meaning if kind in self.tasks else self.game.any_meaning(self.rng)
+
+    def dealt(self):
+        while True:
+            problem = self.game.problem(self.rng.choice(self.hands), self.rng, self.meaning())
+            if problem:
+                return problem, lambda: f"{self.game.forced(problem)} ; {self.game.work(problem, self.rng)}"
+
+    def wrong_answer(self, problem):
+        "A right answer to the same hand under any meaning."
+        while True:
+            other = self.game.problem(problem.items, self.rng, self.game.any_meaning(self.rng))
+            if other:
+                return f"{self.game.forced(other)} ; {self.game.work(other, self.rng)}"
+
+    def measured(self, model, split="validation", n=400):
+        "Success under each rule, and the share of the answers that read it as told."
+        row = {}
+        for name, task in self.tasks.items():
+            problems = task.problems(split, n, 0)
+            texts = played(model, self.tokenizer, task, problems)
+            row[name] = sum(task.verify(p, t).solved for p, t in zip(problems, texts)) / n
+            row[f"read_{name}"] = sum(map(task.read_as_told, problems, texts)) / n
+        return row
 
 
 def played(model, tokenizer, game, problems):
@@ -207,21 +269,6 @@ def read_as_told(problem, text):
     line = text.split(";")[0].partition("=")[2].split()
     faces = [i for i, card in enumerate(problem.cards) if card in env.FACES]
     return sum(i < len(line) and line[i] == str(problem.numbers[i]) for i in faces), len(faces)
-
-
-def measured(model, tokenizer, mixture, split="validation", n=400):
-    "Success under each rule, and the share of face cards read as told."
-    row, target = {}, 24 if mixture.target == (24, 24) else mixture.target
-    model.eval()
-    for rule in env.RULES:
-        game = env.GeneralPoints(rule, target, mixture.largest)
-        problems = game.problems(split, n, 0)
-        texts = played(model, tokenizer, game, problems)
-        row[rule] = sum(game.verify(p, t).solved for p, t in zip(problems, texts)) / n
-        right, faces = map(sum, zip(*map(read_as_told, problems, texts)))
-        row[f"read_{rule}"] = round(right / faces, 4)
-    model.train()
-    return row
 
 
 CARD = """---
@@ -321,7 +368,10 @@ def arguments():
     p.add_argument("--steps", type=int, help="instead of minutes: equal bits on one thread")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--mix", type=shares, help="shares of stated readings: ten=.35,rank=.40,random=.25; also free")
+    p.add_argument("--task", choices=DOMAINS, help="another domain in the place of the card game")
+    p.add_argument("--size", type=int, default=3, help="numbers or letters of a problem of that domain")
+    told = "shares of stated readings: ten=.35,rank=.40,random=.25; also free; with --task: id=.35,ood=.40,random=.25"
+    p.add_argument("--mix", type=shares, help=told)
     p.add_argument("--cards", type=lambda t: shares(t, int), help="shares of hands: 2:.06,3:.34,4:.60")
     p.add_argument("--target", type=span, default=(24, 24), help="24 (and others beside it), or a range such as 1-30")
     p.add_argument("--lr", type=float, default=3e-3)
@@ -334,8 +384,9 @@ def arguments():
     p.add_argument("--half", action="store_true", help="write the last model in bfloat16: half the size, rounded")
     p.add_argument("--card", action="store_true", help="only test the model in --out and write its card")
     a = p.parse_args()
-    if unknown := set(a.mix or {}) - set(READINGS):
-        p.error(f"--mix knows no {', '.join(sorted(unknown))}: expected some of {', '.join(READINGS)}")
+    known = ("id", "ood", "random") if a.task else READINGS
+    if unknown := set(a.mix or {}) - set(known):
+        p.error(f"--mix knows no {', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
     return a
 
 
@@ -395,18 +446,24 @@ def train_step(model, opt, data, batch):
     return loss.item()
 
 
+def new_data(a, tokenizer):
+    if a.task:
+        mix = a.mix or dict(id=0.35, ood=0.40, random=0.25)
+        return DomainData(tokenizer, a.seed, DOMAINS[a.task], a.size, mix)
+    given = {k: v for k, v in dict(mix=a.mix, cards=a.cards).items() if v}
+    return Data(tokenizer, a.seed, Mixture(target=a.target, **given))
+
+
 def main():
     a = arguments()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     if a.card:
         return write_card(a.out)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(DOMAIN_WORDS if a.task else [])
     model = new_model(tokenizer, a.hidden, a.layers)
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters, {len(tokenizer)} words", flush=True)
-    given = {k: v for k, v in dict(mix=a.mix, cards=a.cards).items() if v}
-    mixture = Mixture(target=a.target, **given)
-    opt, data, clock = optimiser(model, a.lr), Data(tokenizer, a.seed, mixture), Clock(a)
+    opt, data, clock = optimiser(model, a.lr), new_data(a, tokenizer), Clock(a)
     step, curve, running = 0, [], 0.0
     while (done := clock.done(step)) < 1:
         for g in opt.param_groups:
@@ -417,9 +474,9 @@ def main():
         kept = a.keep_every and step >= a.keep_from and step % a.keep_every == 0
         if clock.evaluates(step) or kept:
             pause, minutes = time.time(), round(clock.minutes(), 1)
-            curve.append(
-                dict(minutes=minutes, step=step, loss=round(running, 4), **measured(model, tokenizer, mixture))
-            )
+            model.eval()
+            curve.append(dict(minutes=minutes, step=step, loss=round(running, 4), **data.measured(model)))
+            model.train()
             print(json.dumps(curve[-1]), flush=True)
             clock.paused += time.time() - pause
             save(a, a.out / f"step-{step:05d}" if kept else a.out, model, tokenizer, curve, step)
