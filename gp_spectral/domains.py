@@ -382,11 +382,10 @@ def work(self: Countdown, problem: StatedProblem, rng: random.Random) -> str:
 @patch
 def result(self: Countdown, problem: StatedProblem, parts: list) -> int | None:
     "What the steps of an answer come to; None where they do not use each number once, and the sign."
-    held, used, steps = Counter(problem.items), False, [words for words in parts if "=" in words]
+    held, used, steps = Counter(problem.items), False, [_equation(words) for words in parts if "=" in words]
     if not steps:
         raise FormulaError("the answer has no steps")
-    for words in steps[: len(problem.items)]:
-        a, op, b, _ = _equation(words)
+    for a, op, b, _ in steps[: len(problem.items)]:
         if op not in ("+", "@") or Counter((a, b)) - held:
             return None
         value = OPERATIONS[problem.meaning if op == "@" else op](a, b)
