@@ -36,6 +36,7 @@ ADAPTER_WORDS = (
 WORDS = dict(
     formula="+ - * / ( ) 1 2 24 10 13 999999 1000000 × ÷ − · – [ ] 1/3 (1 \u0661 ² = . e x \u2003 \x1c",
     answer='; = + - * / 1 2 3 4 5 6 7 8 9 10 11 12 13 24 J Q K A "formula": "number": formula: [ ] { } " \' , ×',
+    domain="; = + - * # #### @ max min dozen 0 1 2 3 7 10 12 20 199 200 1000000 a b c d e f g h ² \u0663 -1 ,",
     header=JSON_WORDS,
     index=JSON_WORDS + ' "weight_map" "model-00001-of-00002.safetensors" "config.json" ".." "." "metadata"',
     config=JSON_WORDS + " " + CONFIG_WORDS,

@@ -6,6 +6,7 @@ otherwise."""
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gp_spectral.checkpoint import Checkpoint, preflight, read_header
+from gp_spectral.domains import DOMAINS, Countdown
 from gp_spectral.env import FormulaError, GeneralPoints, evaluate_formula, verify
 from gp_spectral.folders import CheckpointError
 
@@ -69,6 +71,22 @@ def answer(data):
     if task.style == "compact":
         led = evaluator.played(text, problem.numbers, problem.target)
         assert led is None or led == found.solved, (problem, text, found, led)
+    return found.solved
+
+
+STATED = [domain(rule) for domain in DOMAINS.values() for rule in domain.RULES]
+ASKED = [task.problems("train", 40, 1) for task in STATED]
+
+
+def domain(data):
+    "The same of the other domains: a verdict comes of any text, and only one that ends as it should is solved."
+    task = STATED[data[0] % len(STATED)] if data else STATED[0]
+    problem, text = ASKED[STATED.index(task)][data[1] % 40 if len(data) > 1 else 0], text_of(data[2:])
+    found, fault = task.verify(problem, text), task.fault(problem, text)
+    assert found.solved == (found.reward == 5) == (found.error == "") == (fault == "") and type(found.message) is str
+    if found.solved and type(task) is not Countdown:  # there it is computed, not read
+        end = task.right(problem)
+        assert re.search(rf"(?<!\d)0*{end}(?!\d)" if type(end) is int else r"\s+".join(end), text), (problem, text)
     return found.solved
 
 
@@ -186,7 +204,14 @@ def settings(data):
 
 
 TARGETS = dict(
-    formula=formula, answer=answer, header=header, index=index, adapter=adapter_config, config=config, settings=settings
+    formula=formula,
+    answer=answer,
+    domain=domain,
+    header=header,
+    index=index,
+    adapter=adapter_config,
+    config=config,
+    settings=settings,
 )
 
 
@@ -203,6 +228,8 @@ def seeds(name):
                 except ValueError:
                     continue
         return found
+    if name == "domain":
+        return [bytes([i, j]) + task.answer(ASKED[i][j], j).encode() for i, task in enumerate(STATED) for j in range(5)]
     if name == "settings":
         presets()
         mine = b"[mine]\nsft_steps = 30\ntarget = 10-30\nppo_starts = 0.5 1.0\nlora = 8\n"

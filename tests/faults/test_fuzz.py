@@ -66,12 +66,14 @@ def test_good_inputs_are_accepted_and_damaged_ones_are_judged(name, tmp_path):
     assert ledger[fuzz.ACCEPTED] > 0
 
 
-@pytest.mark.parametrize("name", ["formula", "answer"])
+@pytest.mark.parametrize("name", ["formula", "answer", "domain"])
 def test_a_reader_that_lies_is_caught(name, tmp_path, monkeypatch):
     "With a bug planted, the fuzzer fails within a second."
-    from gp_spectral import env
+    from gp_spectral import domains, env
 
-    if name == "formula":
+    if name == "domain":
+        monkeypatch.setattr(domains.Units, "result", lambda self, problem, parts: self.right(problem))
+    elif name == "formula":
         good = env._apply
         monkeypatch.setattr(
             env, "_apply", lambda op, values: good("+" if op == "-" and len(values) > 2 else op, values)
@@ -100,6 +102,12 @@ def of_json(name):
     return st.dictionaries(keys, VALUES, max_size=4).map(lambda more: json.dumps(good | more).encode())
 
 
+def of_words(name):
+    "Two bytes that choose task and problem, and words of answers."
+    parts = st.tuples(st.binary(min_size=2, max_size=2), st.lists(WORDS[name], max_size=30))
+    return parts.map(lambda x: x[0] + " ".join(x[1]).encode())
+
+
 ENTRY = st.fixed_dictionaries(
     dict(dtype=st.sampled_from(["F32", "F16", "I8", "BOOL", "F8_E4M3", "F4", ""]) | VALUES),
     optional=dict(
@@ -109,9 +117,8 @@ ENTRY = st.fixed_dictionaries(
 )
 MADE = dict(
     formula=lambda: st.text("0123456789+-*/() ×÷−[]", max_size=40).map(str.encode),
-    answer=lambda: st.tuples(st.binary(min_size=2, max_size=2), st.lists(WORDS["answer"], max_size=30)).map(
-        lambda x: x[0] + " ".join(x[1]).encode()
-    ),
+    answer=lambda: of_words("answer"),
+    domain=lambda: of_words("domain"),
     header=lambda: st.tuples(
         st.dictionaries(st.text(max_size=6), ENTRY | VALUES, max_size=3), st.binary(max_size=12)
     ).map(lambda x: in_a_file(x[0]) + x[1]),
