@@ -132,6 +132,11 @@ def problems(
 MAX_TEXT = 2000  # characters of an answer that are read
 
 
+def _read(text):
+    "What is read of an answer: no word, and so no number, is cut in two."
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rpartition(" ")[0]
+
+
 @patch
 def answer(
     self: StatedTask,
@@ -159,12 +164,12 @@ def read_as_told(
     text: str,  # of an answer, whatever it is
 ) -> bool:
     "Whether an answer begins by reading the sign as the prompt tells it."
-    return text[:MAX_TEXT].partition(";")[0].split() == self.forced(problem).split()
+    return _read(text).partition(";")[0].split() == self.forced(problem).split()
 
 # %% ../nbs/00f_domains.ipynb #4aa1d98e
 def _parts(text):
     "The parts of an answer behind its beginning, each a list of words."
-    return [part.split() for part in text[:MAX_TEXT].split(";")[1:]]
+    return [part.split() for part in _read(text).split(";")[1:]]
 
 
 @patch
@@ -194,7 +199,7 @@ def fault(
     "Where an answer first goes wrong."
     if self.verify(problem, text).solved:
         return ""
-    if ";" not in text[:MAX_TEXT]:
+    if ";" not in _read(text):
         return "form"
     return self.flaw(problem, _parts(text)) if self.read_as_told(problem, text) else "reading"
 
