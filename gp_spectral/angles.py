@@ -28,7 +28,8 @@ from .folders import CheckpointError, alone, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
 from .page import BAND_COLORS, TURNED, shown_ranks, write_page
 from .svd import SPLIT, as_cache, change_row, choose_drivers, factors, gram, gram_eigenvalues, long_side
-from .svd import looks_untrained, matmul, one_thread, plain_log, relative_change, short_factors, use_drivers
+from .svd import looks_untrained, matmul, matrix_arguments, one_thread, plain_log, relative_change
+from .svd import short_factors, use_drivers
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -1095,8 +1096,7 @@ _CHECKPOINTS = (
 def _what_arguments(add):
     "Which matrices, and how much of them."
     add("--fraction", type=number, default=0.2, help="size of head, bulk and tail, a share of the ranks: 0.2 or 20%%")
-    add("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
-    add("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
+    matrix_arguments(parser)
     beside = "parts to decompose besides, whatever --kinds and --layers say"
     add("--include", nargs="+", default=[], choices=TABLES, help=beside)
     add("--heads", action="store_true", help="attention head by attention head")

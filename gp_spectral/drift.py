@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .folders import print_table, write_rows
+from .folders import print_table, table_argument, write_rows
 from .models import inference, load_model
 
 # %% ../nbs/04b_drift.ipynb #38556277
@@ -165,7 +165,7 @@ def drift_arguments(
     several = "text files, a prompt a line (as the model gets it, template and all); each file is a set"
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=several)
     parser.add_argument("--no-noise", action="store_true", help="without the control: the base with noise as large")
-    parser.add_argument("--table", help="write the table: .csv, .json or .parquet")
+    table_argument(parser)
     parser.add_argument("--plot", help="write a picture")
 
 # %% ../nbs/04b_drift.ipynb #c41086d3

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/06c_study.ipynb #efac7c85
 from .book import claimed
 from .checkpoint import Checkpoint
-from .folders import print_table, write_json, write_rows
+from .folders import print_table, table_argument, write_json, write_rows
 from .models import load_model, resolve, resolve_precision, world
 from .play import evaluate, play, success_table
 from .preset import Preset, load_preset, preset_arguments, preset_from, preset_of
@@ -711,7 +711,7 @@ def evaluate_arguments(
     parser.add_argument("checkpoints", nargs="+", help=f"checkpoints, each {_CHECKPOINT}")
     preset_arguments(parser)
     parser.add_argument("--split", default="test", help="split of the hands: pretrain, train, validation or test")
-    parser.add_argument("--table", help="also write the rows to this .csv or .parquet file")
+    table_argument(parser)
 
 # %% ../nbs/06c_study.ipynb #402f6fc7
 def run_evaluate(

@@ -10,7 +10,7 @@ __all__ = ['SPLIT', 'DRIVERS', 'SMALLER', 'CHECKPOINT_COLORS', 'CHECKPOINT_LINES
            'use_drivers', 'cache_folder', 'FactorCache', 'one_thread', 'as_cache', 'short_factors', 'factors',
            'spectrum', 'effective_rank', 'stable_rank', 'relative_change', 'change_row', 'sigma_change', 'mp_quantiles',
            'mp_distance', 'looks_untrained', 'checkpoint_style', 'plot_spectrum', 'plain_log', 'plot_sigma_change',
-           'spectrum_arguments', 'run_spectrum']
+           'matrix_arguments', 'spectrum_arguments', 'run_spectrum']
 
 # %% ../nbs/03_svd.ipynb #e8783f19
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from .checkpoint import as_checkpoint, preflight, tell_apart
-from .folders import print_table, write_rows
+from .folders import print_table, table_argument, write_rows
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
@@ -695,6 +695,15 @@ def plot_sigma_change(
     ax.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return ax
 
+# %% ../nbs/03_svd.ipynb #0932dc1e
+def matrix_arguments(
+    parser: argparse.ArgumentParser,  # of a command
+):
+    "The options that choose matrices inside the layers, in every command the same."
+    told = "kinds of matrix, for instance q_proj down_proj; all when not given"
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help=told)
+    parser.add_argument("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
+
 # %% ../nbs/03_svd.ipynb #4b0ef6df
 _SPECTRUM_WORDS = """words:
   σ     a singular value: how much a matrix lengthens one of its directions
@@ -709,10 +718,9 @@ def spectrum_arguments(
     parser.epilog, add = _SPECTRUM_WORDS, parser.add_argument
     names = "folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"
     add("checkpoints", nargs="+", help=f"checkpoints: {names}")
-    add("--table", help="also write the rows to this .csv or .parquet file")
+    table_argument(parser)
     add("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")
-    add("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
-    add("--layers", help="'first 25%%', 'last 2', '0-3'; all when not given")
+    matrix_arguments(parser)
 
 # %% ../nbs/03_svd.ipynb #40d74e3f
 def run_spectrum(

@@ -10,9 +10,9 @@ __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'Searc
 
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .angles import frobenius_norm
-from .folders import CheckpointError, alone, print_table
+from .folders import CheckpointError, alone, print_table, table_argument, write_rows
 from .checkpoint import TABLES, Checkpoint, number, with_base
-from .svd import factorize, singular_values
+from .svd import factorize, matrix_arguments, singular_values
 from .recovery import ANCHORED, METHODS, Ranks, check_pair, edit_matrix, find_method, held_ranks
 from .recovery import load_methods, method_options, new_folder, options_for, prepare, progress_bar, recover
 from .recovery import recovery_record, root_of_squares, share_or_ranks, taken_ranks, whole_way, write_record
@@ -743,8 +743,7 @@ def _common(parser, out, required=True, method="anchored", sized=False):
     a("--out", required=required, help=out)
     a("--method", default=method, help="a method of the list below")
     a("--option", type=_option, action="append", metavar="NAME=VALUE", help="an option of the method; may be repeated")
-    a("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
-    a("--kinds", nargs="+", help="kinds of matrix; all when not given")
+    matrix_arguments(parser)
     a("--sigma", choices=["target", "donor"], help="whose singular values the restored directions carry")
     a("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
 
@@ -857,7 +856,7 @@ def sweep_arguments(
     beside = "parts besides, whatever --layers and --kinds say"
     a("--include", nargs="+", default=[], choices=TABLES, help=beside)
     a("--certify", default="quick", choices=["full", "quick"], help="full measures the singular values of every result")
-    a("--table", help="also write the table to this .csv or .parquet file")
+    table_argument(parser)
 
 # %% ../nbs/05a_sweep.ipynb #e080d641
 def run_sweep(
@@ -867,9 +866,7 @@ def run_sweep(
     own = {k: getattr(args, k) for k in ("method", "score", "out", "band", "certify", "include")}
     table = sweep(*_pair(args), args.ks, **own, **_told(args))
     print_table(table)
-    if args.table:
-        table.to_parquet(args.table) if args.table.endswith(".parquet") else table.to_csv(args.table, index=False)
-        print(f"written to {args.table}")
+    write_rows(table, args.table)
     if args.out:
         print(f"checkpoints: {args.out}")
     return int("score" in table and table.score.isna().any())

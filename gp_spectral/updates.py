@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import TABLES, as_checkpoint, number, preflight, tell_apart, with_base
-from .folders import print_table, write_rows
-from .svd import factors, one_thread
+from .folders import print_table, table_argument, write_rows
+from .svd import factors, matrix_arguments, one_thread
 
 # %% ../nbs/04d_updates.ipynb #b95646eb
 def largest(
@@ -176,14 +176,13 @@ def updates_arguments(
     parser.epilog = _WORDS
     parser.add_argument("before", help="the checkpoint to start from: a folder, a trainer's run or a hub name")
     parser.add_argument("others", nargs="+", help="what was made of it")
-    parser.add_argument("--kinds", nargs="+", help="kinds of matrix, for instance q_proj down_proj; all when not given")
-    parser.add_argument("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
+    matrix_arguments(parser)
     beside = "parts to look at besides the matrices inside the layers"
     parser.add_argument("--include", nargs="+", default=[], choices=TABLES, help=beside)
     parser.add_argument("--rank", type=number, default=0.1, help="share of the leading ranks: 0.1 or 10%%")
     parser.add_argument("--share", type=number, default=0.05, help="share of a matrix's weights that is called touched")
     parser.add_argument("--base", help="what adapters are laid over, where their config does not say it")
-    parser.add_argument("--table", help="write the rows, one a matrix and training: .csv or .parquet")
+    table_argument(parser)
 
 
 _WORDS = """equal: share of weights that are the same before and after, as stored; equal_bf16: once rounded to bfloat16.

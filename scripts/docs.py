@@ -202,6 +202,13 @@ def rule_study(notebooks):
     return page_of(notebooks / "studies" / "rule")
 
 
+def skill_study(notebooks):
+    "The page of the same on bases that lose skill, from its tables."
+    from gp_spectral.report import page_of
+
+    return page_of(notebooks / "studies" / "skill" / "six", "gp-spectral study --preset tiny-bases")
+
+
 def default_study(notebooks):
     "The page of the command that the home page gives, from its tables."
     from gp_spectral.report import page_of
@@ -242,6 +249,12 @@ PAGES = {  # to click on: title, what it is, what makes it
         "The rule study to click on",
         "This is what `gp-spectral study` writes, here from the tables of [the rule study](studies/rule.md).",
         rule_study,
+    ),
+    "skill-study": (
+        "The skill study to click on",
+        "This is what `gp-spectral study` writes, here from the tables of [the study of bases that lose only skill]"
+        "(studies/skill.md).",
+        skill_study,
     ),
     "default-study": (
         "The default study to click on",
