@@ -1093,8 +1093,9 @@ _CHECKPOINTS = (
 )
 
 # %% ../nbs/04_angles.ipynb #f7056705
-def _what_arguments(add):
+def _what_arguments(parser):
     "Which matrices, and how much of them."
+    add = parser.add_argument
     add("--fraction", type=number, default=0.2, help="size of head, bulk and tail, a share of the ranks: 0.2 or 20%%")
     matrix_arguments(parser)
     beside = "parts to decompose besides, whatever --kinds and --layers say"
@@ -1117,7 +1118,7 @@ def compare_arguments(
     add("checkpoints", nargs="+", help=_CHECKPOINTS)
     survives = "finished matrices survive there when it is stopped"
     add("--out", default="comparison", help=f"folder for tables and pictures; {survives}")
-    _what_arguments(add)
+    _what_arguments(parser)
     where = "where it is not to be found under the name in adapter_config.json"
     add("--base", help=f"what adapters are laid over, {where}")
     add("--cache", default="auto", help="folder for factors; auto: the user's cache, none: keep none")
