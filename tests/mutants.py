@@ -28,6 +28,7 @@ SPLIT, FREE = "test_report.py::test_a_fall_is_reading", "test_tradeoff.py::test_
 HELD, GOES_ON = "test_tradeoff.py::test_each_arm", "test_tradeoff.py::test_a_killed_training"
 TWIN = "test_tradeoff.py::test_sft_that_goes_on"
 CURVES, EQUAL = "test_tradeoff.py::test_curves_begin", "test_tradeoff.py::test_equal_success_by_hand"
+DOMAINS = "test_domains.py::test_"
 TURN, SAID = "test_said.py::test_a_turn_ends_once", "test_said.py::test_"
 
 MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
@@ -355,6 +356,52 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
         "1",
         EQUAL,
     ),
+    "hands of a split depend on the rule": (
+        "domains",
+        "StatedTask",
+        "dealt",
+        "_hands(type(self), self.size)",
+        "_hands(type(self), self.size - (self.rule in ('times', 'ten', 'backwards')))",
+        DOMAINS,
+    ),
+    "training is dealt what is tested": (
+        "domains",
+        "StatedTask",
+        "dealt",
+        "else (split,)",
+        "else (split, 'test')",
+        DOMAINS,
+    ),
+    "another rule's answer is right": (
+        "domains",
+        "StatedTask",
+        "verify",
+        "came == self.right(problem)",
+        "came in [self.right(replace(problem, meaning=m)) for m in self.RULES.values()]",
+        DOMAINS,
+    ),
+    "reading is not looked at": (
+        "domains",
+        "StatedTask",
+        "read_as_told",
+        "== self.forced(problem).split()",
+        "!= []",
+        DOMAINS,
+    ),
+    "what a step of countdown claims is believed": (
+        "domains",
+        "Countdown",
+        "result",
+        "for a, op, b, _ in steps[:len(problem.items)]:",
+        "value = steps[-1][3]; used = held = Counter([1])\n    for a, op, b, _ in []:",
+        DOMAINS,
+    ),
+    "the sign may be left out": ("domains", "Countdown", "result", "used and held.total()", "held.total()", DOMAINS),
+    "a number may come twice": ("domains", "Countdown", "result", "held.subtract((a, b))", "None", DOMAINS),
+    "a number is left over": ("domains", "Countdown", "result", "held.total() == 1", "held.total() > 0", DOMAINS),
+    "a long answer is cut anywhere": ("domains", "", "_read", "[:MAX_TEXT].rpartition(' ')[0]", "[:MAX_TEXT]", DOMAINS),
+    "a dozen is always twelve": ("domains", "", "_counted", "n * dozen if", "n * 12 if", DOMAINS),
+    "a malformed step is skipped": ("domains", "Countdown", "result", "if '=' in words", "if len(words) == 5", DOMAINS),
     "the level is the best": ("tradeoff", "", "at_equal", "start + share *", "start +", EQUAL),
 }
 

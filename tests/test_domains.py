@@ -3,10 +3,12 @@
 import random
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 import pandas as pd
 import pytest
-from gp_spectral.domains import DOMAINS, Countdown, Operators, Units
+from gp_spectral.domains import DOMAINS, Alphabet, Countdown, Operators, StatedProblem, Units
+from gp_spectral.env import SPLITS
 from gp_spectral.preset import Preset, load_preset
 from gp_spectral.stages import Study
 
@@ -66,6 +68,60 @@ def test_right_answers_by_an_independent_evaluation(task):
                 assert held[-1] == int(c)
             assert held == [problem.target] and signs
         assert task.verify(problem, task.answer(problem)).solved
+
+
+THREE, SIGNS = StatedProblem((3, 6, 7), "-", 10), StatedProblem((7, "#", 3, "+", 5), "*")
+EGGS, SORT = StatedProblem((3, True, "+", 4, False), 10), StatedProblem(("c", "a", "f"), tuple(range(8, 0, -1)))
+
+
+@pytest.mark.parametrize(
+    "problem, text, error, fault",
+    [
+        (THREE, "@ = - ; 7 @ 3 = 4 ; 4 6 ; 6 + 4 = 10", "", ""),
+        (THREE, "@ = - ; 7 @ 3 = 99 ; 6 + 4 = 11", "", ""),  # what steps claim is not believed
+        (THREE, "@ = - ; 7 + 3 = 10", "wrong_value", "bookkeeping"),  # a number is left over, and the sign
+        (StatedProblem((3, 6, 7), "-", 4), "@ = - ; 7 @ 3 = 4", "wrong_value", "bookkeeping"),  # 6 is left over
+        (THREE, "@ = - ; 7 @ 3 = 4 ; 7 @ 3 = 4 ; 6 + 4 = 10", "wrong_value", "bookkeeping"),
+        (THREE, "@ = - ; 6 @ 3 = 3 ; 7 + 3 = 10", "", ""),
+        (StatedProblem((3, 6, 7), "-", 16), "@ = - ; 7 + 3 = 10 ; 10 + 6 = 16", "wrong_value", "bookkeeping"),
+        (THREE, "@ = - ; 7 @ 3 = 4 ; 6 + 4 = 10 ; 1 = 1", "format", "form"),
+        (THREE, "@ = - ; 9 @ 3 = 6 ; 4 = 4", "format", "form"),
+        (THREE, "@ = - ; 7 @ 6 = 1 ; 3 + 1 = 4", "wrong_value", "search"),
+        (THREE, "7 @ 3 = 4", "format", "form"),
+        (SIGNS, "7 * 3 + 5 ; 7 * 3 = 21 ; 21 + 5 = 26", "", ""),
+        (SIGNS, "7 + 3 + 5 ; 7 + 3 = 10 ; 10 + 5 = 15", "wrong_rule", "reading"),
+        (SIGNS, "7 * 3 + 5 ; 7 * 3 = 21 ; 21 + 5 =" + " " * 1965 + "267", "format", "form"),
+        (EGGS, "dozen = 10 ; 3 * 10 = 30 ; 30 + 4 = 34 ; #### 34", "", ""),
+        (EGGS, "dozen = 12 ; 3 * 12 = 36 ; 36 + 4 = 40 ; #### 40", "wrong_rule", "reading"),
+        (SORT, "c a f = 6 8 3 ; 3 6 8 ; f c a", "", ""),
+        (SORT, "c a f = 3 1 6 ; 1 3 6 ; a c f", "wrong_rule", "reading"),
+    ],
+)
+def test_verdicts_by_hand(problem, text, error, fault):
+    task = {THREE.meaning: Countdown("minus"), "*": Operators("times"), 10: Units("ten")}.get(
+        problem.meaning, Alphabet("backwards")
+    )
+    assert (task.verify(problem, text).error, task.fault(problem, text)) == (error, fault)
+    assert task.read_as_told(problem, text) == (fault != "reading" and ";" in text)
+
+
+@pytest.mark.parametrize("domain", DOMAINS.values(), ids=list(DOMAINS))
+def test_no_hand_is_in_two_splits(domain):
+    "Under either rule, and half of them are for pretraining."
+    one, other = (domain(rule) for rule in domain.RULES)
+    hands = {s: set(one.dealt(s)) for s in SPLITS}
+    for a, b in combinations(hands, 2):
+        assert not hands[a] & hands[b]
+    assert all(
+        hands[s] == set(other.dealt(s)) == set(domain(train_splits=("pretrain",)).dealt(s))
+        for s in SPLITS
+        if s != "train"
+    )
+    assert set(domain(train_splits=("pretrain", "train")).dealt("train")) == hands["pretrain"] | hands["train"]
+    total = sum(map(len, hands.values()))
+    assert all(
+        abs(len(hands[s]) / total - (end - start)) < 4 * (0.25 / total) ** 0.5 for s, (start, end) in SPLITS.items()
+    )
 
 
 def test_a_preset_names_the_domain():
