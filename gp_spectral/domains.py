@@ -128,6 +128,25 @@ def problems(
         found += [p for p in (self.problem(h, rng) for h in dealt) if p]
     return found[:n]
 
+# %% ../nbs/00f_domains.ipynb #ad0fc1bc
+@patch
+def typed(
+    self: StatedTask,
+    text: str,  # the items, with spaces between them: '7 # 3 + 5'
+    target: str | int | None = None,  # the number to reach; None: the first that there is
+) -> StatedProblem:
+    "A problem as it was typed; a `ValueError` where there is no such one, or not under this rule."
+    key = " ".join(text.split())
+    found = (h for hands in _hands(type(self), self.size).values() for h in hands if " ".join(map(str, h)) == key)
+    items = next(found, None)
+    if items is None:
+        raise ValueError(f"{key[:60]!r} is no problem of {type(self).__name__}: deal one, and change it")
+    targets = {str(t): t for t in self.targets(items, self.meaning)}
+    target = next(iter(targets), "none") if target in (None, "") else str(target).strip()
+    if target not in targets:
+        raise ValueError(f"target {target}: under this rule {key} reaches {', '.join(targets) or 'nothing'}")
+    return StatedProblem(items, self.meaning, targets[target])
+
 # %% ../nbs/00f_domains.ipynb #89e492f7
 MAX_TEXT = 2000  # characters of an answer that are read
 

@@ -13,6 +13,7 @@ import html
 import ipywidgets as widgets
 
 from .chart import answering, words
+from .domains import StatedTask, split_of
 from .env import CARDS, Problem, hand_splits, solve
 from .models import load_model
 from .play import play
@@ -20,10 +21,12 @@ from .play import play
 # %% ../nbs/07c_player.ipynb #e8047cdf
 def typed_hand(
     text: str,  # cards, with spaces or commas between them: 'K 7 2'
-    task,  # `GeneralPoints`: its rule is the one that is told
+    task,  # `GeneralPoints`, or another domain: its rule is the one that is told
     target=None,  # the number to reach; None: the task's first
 ) -> Problem:
     "A hand as it was typed; a `ValueError` says what is no card, how many are wanted, or which target there is not."
+    if isinstance(task, StatedTask):
+        return task.typed(text, target)
     cards, targets = tuple(text.upper().replace(",", " ").split()), {str(t): t for t in task.targets}
     odd = [c for c in cards if c not in CARDS]
     if odd:
@@ -41,6 +44,9 @@ def about_hand(
     task,  # `GeneralPoints`
 ) -> str:
     "A hand in words: its numbers, whether it can be solved, and what training may have seen of it."
+    if isinstance(task, StatedTask):
+        split = split_of(type(task).__name__, problem.items)
+        return f"A right answer begins with {task.forced(problem)}. A problem of the split {split}."
     numbers, found = problem.numbers, solve(problem.numbers, problem.target)
     split = hand_splits(task.n_cards, task.split_seed)[tuple(sorted(numbers))]
     ways = f"{len(found)} formulas reach {problem.target}" if len(found) > 1 else f"only {found[0]}" if found else ""
@@ -157,7 +163,8 @@ class _Seat:
 
     def deal(self):
         problem, self.dealing = self.table.deal(self.at["rule"].value), True
-        self.at["cards"].value, self.at["target"].value = " ".join(problem.cards), str(problem.target)
+        self.at["cards"].value = " ".join(problem.cards) if hasattr(problem, "cards") else problem.key
+        self.at["target"].value = "" if problem.target is None else str(problem.target)
         self.dealing = False
         self.begin()
 
@@ -168,7 +175,7 @@ class _Seat:
 # %% ../nbs/07c_player.ipynb #a9365e53
 def player_widget(
     folders: dict,  # {name: checkpoint folder, or what `load_model` takes}
-    tasks: dict,  # {rule: `GeneralPoints`}
+    tasks: dict,  # {rule: `GeneralPoints`, or another domain}
     deck: dict,  # {rule: hands that are dealt, one after the other}
 ) -> widgets.VBox:
     "The player: a hand is dealt or typed, and a checkpoint answers it."

@@ -168,3 +168,23 @@ def test_what_pretraining_draws(tmp_path):
             text = data.game.prompt(p) + " " + data.game.answer(p) + " " + data.wrong_answer(p)
             assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
             assert replace(p, meaning=p.meaning) == p and pd.notna(p.key)
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer has no token")
+def test_the_player_deals_other_domains_too():
+    "Its fields say the problem; under the other rule it is the same hand; what cannot be is told in words."
+    from gp_spectral.player import player_widget
+
+    preset = load_preset("tiny-domains", dict(task="countdown"))
+    tasks = preset.tasks()
+    deck = {rule: task.problems("test", 3, 0, even=True) for rule, task in tasks.items()}
+    (top, below, about, talk) = player_widget({"a": "tiny"}, tasks, deck).children
+    rule, (cards, target, step) = top.children[1], below.children
+    assert (cards.value, target.value) == (deck["ID"][0].key, str(deck["ID"][0].target))
+    assert "begins with @ = *" in about.value and "split test" in about.value and "numbers" in talk.value
+    cards.value = "1 1 1"
+    assert target.value and "target" in about.value and "reaches" in about.value  # three ones do not reach it
+    target.value = "2"
+    rule.value = "OOD"
+    assert "begins with @ = -" in about.value or "under this rule" in about.value
+    assert not step.disabled or "Correct" in talk.value

@@ -34,9 +34,11 @@ LITTLE = dict(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    "A little map, run by two workers."
-    page = healing_map("tiny", 1, 7, tmp_path_factory.mktemp("map"), LITTLE, progress=False, workers=2)[0]
+def made(tmp_path_factory, worker_id):
+    "A little map, run by two workers; those of pytest share its stages."
+    own = tmp_path_factory.getbasetemp()
+    out = (own if worker_id == "master" else own.parent) / "map"
+    page = healing_map("tiny", 1, 7, out, LITTLE, progress=False, workers=2)[0]
     return page.parent, {f.stem: pd.read_parquet(f) for f in (page.parent / "tables").glob("*.parquet")}
 
 
