@@ -101,8 +101,7 @@ class Game(_Keyed):
         splits: tuple = ("train",),  # whose hands training is dealt
     ) -> dict:  # {'ID': task, 'OOD': task}
         "What is played, under both rules; a `ValueError` where there is no such game."
-        first, second = RULES if self.task == "points" else DOMAINS[self.task].RULES
-        rules, longest = dict(ID=self.id_rule or first, OOD=self.ood_rule or second), self.max_new_tokens or None
+        rules, longest = self.rules, self.max_new_tokens or None
         if self.task != "points":
             return {name: DOMAINS[self.task](rule, self.cards, splits, longest) for name, rule in rules.items()}
         try:
@@ -111,6 +110,13 @@ class Game(_Keyed):
             raise ValueError(f"target = {self.target!r}: expected a number, or a range such as 10-30") from None
         told = dict(max_new_tokens=longest, train_splits=splits)
         return {name: GeneralPoints(rule, target, self.cards, self.style, **told) for name, rule in rules.items()}
+
+# %% ../nbs/06_preset.ipynb #4128b7c9
+@patch(as_prop=True)
+def rules(self: Game) -> dict:  # {'ID': name, 'OOD': name}
+    "The names of the two rules."
+    first, second = RULES if self.task == "points" else DOMAINS[self.task].RULES
+    return dict(ID=self.id_rule or first, OOD=self.ood_rule or second)
 
 # %% ../nbs/06_preset.ipynb #a9da05df
 @dataclass(frozen=True)

@@ -1479,7 +1479,7 @@ def _page(preset, tables, pictures=(), command="", made_with=None):
     return TEMPLATES.get_template("report.html.j2").render(
         preset=preset,
         settings=json.dumps(dataclasses.asdict(preset)),
-        **{f"{name.lower()}_rule": _RULES.get(task.rule, task.rule) for name, task in preset.tasks().items()},
+        **{f"{name.lower()}_rule": _RULES.get(rule, rule) for name, rule in preset.rules.items()},
         seeds=single.seed.nunique(),
         problems=single.groupby(["checkpoint", "rule", "seed"]).size().iloc[0],
         claims_head=CLAIMS_HEAD,

@@ -461,7 +461,7 @@ def depends(
 ) -> dict:  # {setting: value}
     "What a stage depends on: the game, the model, and the settings whose names begin so."
     always = {*model, *(s.name for s in fields(Game))} - ({"task"} if self.preset.task == "points" else set())
-    known = asdict(self.preset) | {f"{name.lower()}_rule": task.rule for name, task in self.tasks.items()}
+    known = asdict(self.preset) | {f"{name.lower()}_rule": rule for name, rule in self.preset.rules.items()}
     return {k: v for k, v in known.items() if k.startswith(beginnings) or k in always} | more
 
 # %% ../nbs/06a_stages.ipynb #76ca94a2

@@ -14,8 +14,8 @@ COMMANDS = {
     "compare": ["compare", "base", "bad", "--out", "out"],
     "recover": ["recover", "bad", "--donor", "base", "--out", "out"],
     "recover, the donor": ["recover", "base", "--donor", "bad", "--out", "out"],
-    "spectrum": ["spectrum", "bad", "--table", "out"],
-    "drift": ["drift", "bad", "base", "--prompts", "prompts.txt", "--table", "out"],
+    "spectrum": ["spectrum", "bad", "--table", "out.csv"],
+    "drift": ["drift", "bad", "base", "--prompts", "prompts.txt", "--table", "out.csv"],
 }
 # What a command does not look at cannot trouble it: spectrum shows the matrices that there are. compare counts a norm
 # that is not finite among what it left out; recover tells of a matrix that only one of the two has in a note, and
@@ -60,7 +60,7 @@ def test_what_is_not_damaged_is_read(command, of, room, monkeypatch, capsys):
     monkeypatch.chdir(room)
     good(room / "bad", of, room / "base")
     try:
-        assert main([w if w != "out" else f"out-{of}-{command}.csv" for w in COMMANDS[command]]) == 0, (
+        assert main([f"out-{of}-{command}.csv" if w in ("out", "out.csv") else w for w in COMMANDS[command]]) == 0, (
             capsys.readouterr().err
         )
     finally:
