@@ -21,7 +21,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .env import REWARDS, SPLIT_SEED, SPLITS, Feedback, FormulaError, check_known, splits_to_train
+from .env import REWARDS, SPLIT_SEED, SPLITS, Feedback, FormulaError, GeneralPoints
+from .env import check_known, splits_to_train
 
 # %% ../nbs/00f_domains.ipynb #16d473b4
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class StatedTask:
     "A task whose prompt tells what a sign means, and whose answers begin by saying how they read it."
 
     RULES = {}  # {name: what the sign means}, the rule that is trained first
-    SIZES, attempts = (2, 3, 4), 5
+    SIZES, attempts, retry = (2, 3, 4), 5, GeneralPoints.retry
 
     def __init__(
         self,
@@ -151,9 +152,19 @@ def typed(
 MAX_TEXT = 2000  # characters of an answer that are read
 
 
-def _read(text):
+def _read(text, most=MAX_TEXT):
     "What is read of an answer: no word, and so no number, is cut in two."
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rpartition(" ")[0]
+    return text if len(text) <= most else text[:most].rpartition(" ")[0]
+
+
+@patch
+def drawn_answer(
+    self: StatedTask,
+    problem: StatedProblem,  # what was asked
+    rng: random.Random,  # draws one of the right answers, where there are several
+) -> str:
+    "A right answer: how it begins, and how it goes on."
+    return f"{self.forced(problem)} ; {self.work(problem, rng)}"
 
 
 @patch
@@ -163,17 +174,7 @@ def answer(
     seed: int | str = 0,  # draws one of the right answers, where there are several
 ) -> str:
     "A right answer."
-    rng = random.Random(f"{problem.key}:{seed}")
-    return f"{self.forced(problem)} ; {self.work(problem, rng)}"
-
-
-@patch
-def retry(
-    self: StatedTask,
-    feedback: Feedback,  # on the attempt before
-) -> str:
-    "The user turn after a failed attempt."
-    return f"You failed this trial because {feedback.message}."
+    return self.drawn_answer(problem, random.Random(f"{problem.key}:{seed}"))
 
 
 @patch
@@ -198,8 +199,9 @@ def verify(
     text: str,  # of an answer, whatever it is
 ) -> Feedback:
     "Judges the text of one attempt, in time linear in its length; nothing is executed."
+    parts = _parts(text)
     try:
-        came, parts = self.result(problem, _parts(text)), _parts(text)
+        came = self.result(problem, parts)
     except FormulaError as e:
         return Feedback(REWARDS["illegal"], f"illegal answer: {e}", False, "format")
     if came == self.right(problem):
@@ -253,7 +255,8 @@ def _flaw(parts, named=None):
             a, op, b, c = _equation(words)
         except FormulaError:
             return "form"
-        if (named or {}).get(op, op) not in OPERATIONS or OPERATIONS[(named or {}).get(op, op)](a, b) != c:
+        op = (named or {}).get(op, op)
+        if op not in OPERATIONS or OPERATIONS[op](a, b) != c:
             return "arithmetic"
     return ""
 
@@ -326,7 +329,8 @@ def flaw(self: Operators, problem: StatedProblem, parts: list) -> str:
     return _flaw(parts) or "bookkeeping"
 
 # %% ../nbs/00f_domains.ipynb #5d63036b
-def _countdown(state, sign, used=False):
+@lru_cache(maxsize=None)
+def _countdown_ends(state, sign, used=False):
     "{(value, whether the sign was used)} that numbers, a sorted tuple, can be made into."
     if len(state) == 1:
         return {(state[0], used)}
@@ -334,9 +338,6 @@ def _countdown(state, sign, used=False):
     for move, rest in _countdown_moves(state, sign).items():
         found |= _countdown_ends(rest, sign, used or move[1] == "@")
     return found
-
-
-_countdown_ends = lru_cache(maxsize=None)(_countdown)
 
 
 def _countdown_moves(state, sign):
@@ -593,7 +594,7 @@ DOMAINS = {"operators": Operators, "countdown": Countdown, "units": Units, "alph
 class GSM8K:
     "Grade-school word problems, from the file of GSM8K; a `ValueError` names the line that is not one."
 
-    attempts, rule = 5, "gsm8k"
+    attempts, rule, retry = 5, "gsm8k", GeneralPoints.retry
 
     def __init__(
         self,
@@ -624,7 +625,7 @@ def final_number(
     text: str,  # of an answer
 ) -> int:
     "The number behind the last `####`; a `FormulaError` where there is none."
-    found = _ANSWER.findall(text[:20_000])
+    found = _ANSWER.findall(_read(text, 20_000))
     if not found:
         raise FormulaError("the answer has no number behind ####")
     return int(found[-1].replace(",", ""))
@@ -658,11 +659,6 @@ def verify(self: GSM8K, problem: tuple, text: str) -> Feedback:
         right = final_number(text) == final_number(problem[1])
     except FormulaError as e:
         return Feedback(REWARDS["illegal"], f"illegal answer: {e}", False, "format")
-    told = (REWARDS["correct"], "Correct solution", True) if right else (REWARDS["no_solution"], "your answer is wrong")
-    return Feedback(*told) if right else Feedback(*told, False, "wrong_value")
-
-
-@patch
-def retry(self: GSM8K, feedback: Feedback) -> str:
-    "The user turn after a failed attempt."
-    return f"You failed this trial because {feedback.message}."
+    if right:
+        return Feedback(REWARDS["correct"], "Correct solution", True)
+    return Feedback(REWARDS["no_solution"], "your answer is wrong", False, "wrong_value")

@@ -76,9 +76,9 @@ def main():
         for name in KEPT:
             rows = pd.read_parquet(root / "tables" / f"{name}.parquet")
             parts[name].append(rows.assign(domain=domain, kind=kind))
+    where = a.tables or a.out / "tables"
+    where.mkdir(parents=True, exist_ok=True)
     for name, tables in parts.items():
-        where = a.tables or a.out / "tables"
-        where.mkdir(parents=True, exist_ok=True)
         write_table(pd.concat(tables, ignore_index=True), where / f"{name}.parquet")
 
 

@@ -228,14 +228,14 @@ class DomainData(Data):
         while True:
             problem = self.game.problem(self.rng.choice(self.hands), self.rng, self.meaning())
             if problem:
-                return problem, lambda: f"{self.game.forced(problem)} ; {self.game.work(problem, self.rng)}"
+                return problem, lambda: self.game.drawn_answer(problem, self.rng)
 
     def wrong_answer(self, problem):
         "A right answer to the same hand under any meaning."
         while True:
             other = self.game.problem(problem.items, self.rng, self.game.any_meaning(self.rng))
             if other:
-                return f"{self.game.forced(other)} ; {self.game.work(other, self.rng)}"
+                return self.game.drawn_answer(other, self.rng)
 
     def measured(self, model, split="validation", n=400):
         "Success under each rule, and the share of the answers that read it as told."

@@ -399,7 +399,7 @@ MUTANTS = {  # name: (module, owner or '', function, old, new, tests)
     "the sign may be left out": ("domains", "Countdown", "result", "used and held.total()", "held.total()", DOMAINS),
     "a number may come twice": ("domains", "Countdown", "result", "held.subtract((a, b))", "None", DOMAINS),
     "a number is left over": ("domains", "Countdown", "result", "held.total() == 1", "held.total() > 0", DOMAINS),
-    "a long answer is cut anywhere": ("domains", "", "_read", "[:MAX_TEXT].rpartition(' ')[0]", "[:MAX_TEXT]", DOMAINS),
+    "a long answer is cut anywhere": ("domains", "", "_read", "[:most].rpartition(' ')[0]", "[:most]", DOMAINS),
     "a dozen is always twelve": ("domains", "", "_counted", "n * dozen if", "n * 12 if", DOMAINS),
     "a malformed step is skipped": ("domains", "Countdown", "result", "if '=' in words", "if len(words) == 5", DOMAINS),
     "the level is the best": ("tradeoff", "", "at_equal", "start + share *", "start +", EQUAL),
