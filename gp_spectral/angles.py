@@ -28,8 +28,8 @@ from .folders import CheckpointError, alone, atomic
 from .jobs import JobFolder, cost, group, pick_device, run_pieces, share_out, warm_up, workers, workers_on
 from .page import BAND_COLORS, TURNED, shown_ranks, write_page
 from .svd import SPLIT, as_cache, change_row, choose_drivers, factors, gram, gram_eigenvalues, long_side
-from .svd import looks_untrained, matmul, matrix_arguments, one_thread, plain_log, relative_change
-from .svd import short_factors, use_drivers
+from .svd import include_argument, looks_untrained, matmul, matrix_arguments, one_thread, plain_log
+from .svd import relative_change, short_factors, use_drivers
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -1098,8 +1098,7 @@ def _what_arguments(parser):
     add = parser.add_argument
     add("--fraction", type=number, default=0.2, help="size of head, bulk and tail, a share of the ranks: 0.2 or 20%%")
     matrix_arguments(parser)
-    beside = "parts to decompose besides, whatever --kinds and --layers say"
-    add("--include", nargs="+", default=[], choices=TABLES, help=beside)
+    include_argument(parser)
     add("--heads", action="store_true", help="attention head by attention head")
     pairs = "compare each with each; else the first with each of the others, and each with the one before it"
     add("--all-pairs", action="store_true", help=pairs)

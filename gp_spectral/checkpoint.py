@@ -1114,16 +1114,23 @@ def _part(self: Checkpoint, name):
 
 
 @patch
+def parts(self: Checkpoint) -> tuple:
+    "Names of the parts that this checkpoint has of its own: tied output weights are embeddings."
+    has = {self._part(n) for n in self.names}
+    return tuple(p for p in PARTS if p in has)
+
+
+@patch
 def has_parts(
     self: Checkpoint,
     include,  # see `as_parts`
 ) -> tuple:
     "Names of parts that this checkpoint has, checked; a `CheckpointError` for one that it lacks."
-    include, has = as_parts(include), {self._part(n) for n in self.names}
+    include, has = as_parts(include), self.parts()
     for part in include:
         if part not in has:
             hint = ": it is tied to the embeddings, include those" if part == "head" and self._may_tie() else ""
-            known = ", ".join(p for p in PARTS if p in has) or "none of the parts"
+            known = ", ".join(has) or "none of the parts"
             raise CheckpointError(f"{self.where} has no {part} of its own{hint} (it has {known})")
     return include
 

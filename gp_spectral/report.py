@@ -453,6 +453,12 @@ def _pair(table, a, b):
     return table[(table.base == a) & (table.other == b)]
 
 
+def _matrices(evidence, inside=True):
+    "The tables of matrices inside the layers, or of those outside them: embeddings and output weights."
+    tables = {name: evidence.tables[name] for name in ("angles", "sigma")}
+    return {name: table[table.layer.notna() == inside] for name, table in tables.items()}
+
+
 def _of_noise(tables, a, b, block):
     "Per seed: median over matrices of the share of ‖ΔW‖² in a block, by that of Gaussian noise."
     rows = _pair(tables["angles"], a, b).query("band == 'head'")
@@ -478,17 +484,20 @@ _STEPS = dict(SFT=("base", "end"), RL=("end", "rl"))
 
 
 def _claim_4(evidence):
-    tables = evidence.tables
-    mean = evidence.mean
+    tables, outside, mean = _matrices(evidence), _matrices(evidence, inside=False), evidence.mean
     values = {name: mean(_of_noise(tables, *pair, "dw_diagonal")) for name, pair in _STEPS.items()}
     text = "training moves singular values less than noise does (share of ‖ΔW‖² on the diagonal u_i v_i', by noise's)"
     yield _all_of("C4", text, values, 1, "ratio", "<")
     for name, pair in _STEPS.items():
         text = f"{name}: the change lies in the leading directions (share in head × head, by that of noise)"
         yield _row("C4", text, mean(_of_noise(tables, *pair, "dw_head_head")), 1, "ratio")
+    turn = lambda tables, band: mean(_turned(tables, "rl", band) / _turned(tables, "noise", band))
     for band in ("head", "tail"):
         text = f"RL: the {band} turns more than under noise of the same size (mean angles)"
-        yield _row("C4", text, mean(_turned(tables, "rl", band) / _turned(tables, "noise", band)), 1, "ratio")
+        yield _row("C4", text, turn(tables, band), 1, "ratio")
+    if len(outside["angles"]):
+        text = "RL: the head of the embeddings turns more than under noise of the same size (mean angles)"
+        yield _row("C4", text, turn(outside, "head"), 1, "ratio")
     text = "RL: in the head, turning for each change of σ, by that of noise of the same size"
     yield _row("C4", text, mean(_turn_by_change(tables, "rl") / _turn_by_change(tables, "noise")), 1, "ratio")
 
@@ -532,7 +541,7 @@ def _alike(angles, p, q, seeds, base):
 
 
 def _claim_5(evidence):
-    angles, base, unit = evidence.tables["angles"], _bases(evidence.tables), evidence.unit
+    angles, base, unit = _matrices(evidence)["angles"], _bases(evidence.tables), evidence.unit
     units, of = sorted(unit.unique()), lambda some: [s for s in unit.index if unit[s] in some]
     alike = lambda to, some: _alike(angles, _STEPS["SFT"], ("end", to), of(some), base)
     text = "SFT's angle profile is more like RL's than like that of noise of RL's size (difference of correlations)"

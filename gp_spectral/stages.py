@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/06a_stages.ipynb #b17bda48
 from .angles import compare_all
 from .book import claimed, write_table
-from .checkpoint import Checkpoint
+from .checkpoint import TABLES, Checkpoint
 from .constraint import Constraint
 from .env import CARDS, Problem, hand_splits, steps_to
 from .folders import write_json
@@ -871,17 +871,17 @@ PAIRS = [
 _UNKEPT = "noise", "comparison", "along"  # folders of a stage that are of no use when it is finished
 
 
-def _add_noise(named, seed, part, at_once):
+def _add_noise(named, seed, part, **told):
     "SFT_End with noise of the size of RL's change, in part/noise; what a killed run has left is taken away."
     for left in _UNKEPT:
         shutil.rmtree(part / left, ignore_errors=True)
-    told = dict(like="donor", seed=seed, progress=False, workers=at_once)
+    told |= dict(like="donor", seed=seed, progress=False)
     recover(named["end"], named["rl"], part / "noise", method="random", **told)
 
 
-def _write_spectra(opened, comparison, seed, part):
+def _write_spectra(opened, comparison, seed, part, beside):
     "Five tables; the noise and the comparison's own folder are not kept."
-    spectra = pd.concat([spectrum(c, progress=False) for c in opened])
+    spectra = pd.concat([spectrum(c, progress=False, include=beside) for c in opened])
     for name, table in (
         ("angles", comparison.angles),
         ("sigma", comparison.changes),
@@ -926,14 +926,15 @@ def spectra(
     named = {k: v for k, v in self.checkpoints(seed).items() if k in ("base", "max_ood", "end", "rl")}
 
     def make(part):
-        in_one_process(lambda: _add_noise(named, seed, part, self.at_once))
+        beside = [p for p in Checkpoint(named["base"]).parts() if p in TABLES]
+        in_one_process(lambda: _add_noise(named, seed, part, workers=self.at_once, include=beside))
         opened = [Checkpoint(p, label=n) for n, p in (*named.items(), ("noise", part / "noise"))]
         at = {c.label: i for i, c in enumerate(opened)}
         pairs, band = [(at[a], at[b]) for a, b in PAIRS], self.preset.band
-        told = dict(progress=self.progress, out=part / "comparison", workers=self.at_once)
+        told = dict(progress=self.progress, out=part / "comparison", workers=self.at_once, include=beside)
         comparison = compare_all(opened, pairs, band, **told)
         keep_table(_turning(self, seed, part / "along").assign(seed=seed), part / "turning.parquet")
-        in_one_process(lambda: _write_spectra(opened, comparison, seed, part))
+        in_one_process(lambda: _write_spectra(opened, comparison, seed, part, beside))
 
     asked = self.depends("band", seed=seed)
     return stage(self.folder(seed) / "spectra", asked, named.values(), make)

@@ -10,7 +10,7 @@ __all__ = ['SPLIT', 'DRIVERS', 'SMALLER', 'CHECKPOINT_COLORS', 'CHECKPOINT_LINES
            'use_drivers', 'cache_folder', 'FactorCache', 'one_thread', 'as_cache', 'short_factors', 'factors',
            'spectrum', 'effective_rank', 'stable_rank', 'relative_change', 'change_row', 'sigma_change', 'mp_quantiles',
            'mp_distance', 'looks_untrained', 'checkpoint_style', 'plot_spectrum', 'plain_log', 'plot_sigma_change',
-           'matrix_arguments', 'spectrum_arguments', 'run_spectrum']
+           'matrix_arguments', 'include_argument', 'spectrum_arguments', 'run_spectrum']
 
 # %% ../nbs/03_svd.ipynb #e8783f19
 import argparse
@@ -28,7 +28,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
-from .checkpoint import as_checkpoint, preflight, tell_apart
+from .checkpoint import TABLES, as_checkpoint, preflight, tell_apart
 from .folders import print_table, table_argument, write_rows
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -465,21 +465,18 @@ def factors(
         return _expand(_matrix(W), V.double(), s)
 
 # %% ../nbs/03_svd.ipynb #5e6f1efc
-def _over(checkpoint, kinds, layers, progress, what):
-    "The matrices that were asked for, with a progress bar."
-    return tqdm(checkpoint.matrices(kinds, layers), desc=what, disable=not progress, leave=False)
-
-
 def spectrum(
     checkpoint,  # a folder, a name, a model in memory or a `Checkpoint`: see `as_checkpoint`
     kinds=None,  # see `Checkpoint.matrices`
     layers=None,  # see `layer_range`
     progress=True,  # a progress bar over matrices
     cache=True,  # see `as_cache`
+    include=(),  # parts besides: 'embeddings', 'head'
 ) -> pd.DataFrame:  # checkpoint, matrix, layer, kind, rank (from 1), sigma
     "All singular values of a checkpoint's matrices."
     checkpoint, tables = as_checkpoint(checkpoint), []
-    for m in _over(checkpoint, kinds, layers, progress, f"spectrum of {checkpoint.label}"):
+    matrices = checkpoint.matrices(kinds, layers, include=include)
+    for m in tqdm(matrices, desc=f"spectrum of {checkpoint.label}", disable=not progress, leave=False):
         s = short_factors(checkpoint, m, cache)[1].numpy()
         who = dict(checkpoint=checkpoint.label, matrix=m.name, layer=m.layer, kind=m.kind)
         tables.append(pd.DataFrame(who | dict(rank=np.arange(1, len(s) + 1), sigma=s)))
@@ -704,6 +701,14 @@ def matrix_arguments(
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help=told)
     parser.add_argument("--layers", help="'first 25%%', 'last 2', '0-3', '0,2'; all when not given")
 
+
+def include_argument(
+    parser: argparse.ArgumentParser,  # of a command
+):
+    "The option that adds matrices outside the layers, in every command the same."
+    told = "embeddings, or output weights of their own, besides, whatever --kinds and --layers say"
+    parser.add_argument("--include", nargs="+", default=[], choices=TABLES, help=told)
+
 # %% ../nbs/03_svd.ipynb #4b0ef6df
 _SPECTRUM_WORDS = """words:
   σ     a singular value: how much a matrix lengthens one of its directions
@@ -721,6 +726,7 @@ def spectrum_arguments(
     table_argument(parser)
     add("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")
     matrix_arguments(parser)
+    include_argument(parser)
 
 # %% ../nbs/03_svd.ipynb #40d74e3f
 def run_spectrum(
@@ -728,7 +734,7 @@ def run_spectrum(
 ):
     "Prints largest, median and smallest singular values; writes the rows and a picture where they are asked for."
     cs = tell_apart([as_checkpoint(c) for c in args.checkpoints])
-    table = pd.concat([spectrum(c, args.kinds, args.layers) for c in cs])
+    table = pd.concat([spectrum(c, args.kinds, args.layers, include=args.include) for c in cs])
     each = table.groupby(["checkpoint", "matrix"], sort=False).sigma
     sizes = each.agg(ranks="size", largest="max", median="median", smallest="min").reset_index()
     print_table(sizes)

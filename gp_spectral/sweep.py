@@ -11,8 +11,8 @@ __all__ = ['SWEEP_BANDS', 'KS', 'sweep_matrix', 'sweep', 'score_command', 'Searc
 # %% ../nbs/05a_sweep.ipynb #bb041e45
 from .angles import frobenius_norm
 from .folders import CheckpointError, alone, print_table, table_argument, write_rows
-from .checkpoint import TABLES, Checkpoint, number, with_base
-from .svd import factorize, matrix_arguments, singular_values
+from .checkpoint import Checkpoint, number, with_base
+from .svd import factorize, include_argument, matrix_arguments, singular_values
 from .recovery import ANCHORED, METHODS, Ranks, check_pair, edit_matrix, find_method, held_ranks
 from .recovery import load_methods, method_options, new_folder, options_for, prepare, progress_bar, recover
 from .recovery import recovery_record, root_of_squares, share_or_ranks, taken_ranks, whole_way, write_record
@@ -853,8 +853,7 @@ def sweep_arguments(
     a("--score", help=_SCORE)
     a("--ks", nargs="+", default=KS, help=f"how many ranks, each {_SIZE}")
     a("--band", default="head", choices=list(SWEEP_BANDS), help="where in the spectrum")
-    beside = "parts besides, whatever --layers and --kinds say"
-    a("--include", nargs="+", default=[], choices=TABLES, help=beside)
+    include_argument(parser)
     a("--certify", default="quick", choices=["full", "quick"], help="full measures the singular values of every result")
     table_argument(parser)
 

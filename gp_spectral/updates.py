@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoint import TABLES, as_checkpoint, number, preflight, tell_apart, with_base
+from .checkpoint import as_checkpoint, number, preflight, tell_apart, with_base
 from .folders import print_table, table_argument, write_rows
-from .svd import factors, matrix_arguments, one_thread
+from .svd import factors, include_argument, matrix_arguments, one_thread
 
 # %% ../nbs/04d_updates.ipynb #b95646eb
 def largest(
@@ -177,8 +177,7 @@ def updates_arguments(
     parser.add_argument("before", help="the checkpoint to start from: a folder, a trainer's run or a hub name")
     parser.add_argument("others", nargs="+", help="what was made of it")
     matrix_arguments(parser)
-    beside = "parts to look at besides the matrices inside the layers"
-    parser.add_argument("--include", nargs="+", default=[], choices=TABLES, help=beside)
+    include_argument(parser)
     parser.add_argument("--rank", type=number, default=0.1, help="share of the leading ranks: 0.1 or 10%%")
     parser.add_argument("--share", type=number, default=0.05, help="share of a matrix's weights that is called touched")
     parser.add_argument("--base", help="what adapters are laid over, where their config does not say it")

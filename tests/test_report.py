@@ -79,7 +79,7 @@ def made_up(rates, edits, seeds=6, hands=600, seed=0):
     energy = {"rl": (0.5 / 40, 0.1), "end": (0.8 / 40, 0.05), "noise": (1 / 40, 0.02)}
     sigma = pd.DataFrame(
         [
-            dict(seed=s, base=a, other=b, matrix=m, dw_diagonal=x * near(rng), dw_head_head=y * near(rng))
+            dict(seed=s, base=a, other=b, matrix=m, layer=0, dw_diagonal=x * near(rng), dw_head_head=y * near(rng))
             for s in range(seeds)
             for a, b, *_ in pairs
             for m in "uvwxyz"
@@ -95,6 +95,7 @@ def made_up(rates, edits, seeds=6, hands=600, seed=0):
                 base=a,
                 other=b,
                 matrix=m,
+                layer=0,
                 side=side,
                 band=band,
                 k=4,
@@ -147,6 +148,28 @@ def test_claims_of_a_world_as_the_paper_says():
         if claim == "C7" or "by that of noise of the same size" in text or "tail turns more" in text:
             continue  # not made up
         assert said == wanted, (claim, text, said)
+
+
+def with_embeddings(tables, times=1.0):
+    "The tables with a matrix outside the layers whose angles are those of `u`, RL's and SFT's times a factor."
+    own = {}
+    for name in ("angles", "sigma"):
+        rows = tables[name].query("matrix == 'u'").assign(matrix="embed_tokens", layer=None)
+        if name == "angles":
+            rows["mean"] *= np.where(rows.other == "noise", 1, times)
+        own[name] = pd.concat([tables[name], rows], ignore_index=True)
+    return tables | own
+
+
+def test_embeddings_have_a_row_of_their_own_and_move_no_other():
+    tables = made_up(PAPER, EDITS)
+    alone = claims(tables, end=20, band=0.2).set_index("text")
+    for times, wanted in ((50.0, "reproduced"), (0.02, "not reproduced")):
+        beside = claims(with_embeddings(tables, times), end=20, band=0.2).set_index("text")
+        new = beside.index.difference(alone.index)
+        assert len(new) == 1 and "the head of the embeddings turns more" in new[0]
+        assert beside.verdict[new[0]] == wanted and not beside.primary[new[0]]
+        pd.testing.assert_frame_equal(beside.loc[alone.index], alone)
 
 
 CONTRARY = dict(base=0.6, max_ood=0.4, end=0.3, rl=0.2, sft_10=0.4, rl_10=0.6, sft_40=0.3, rl_40=0.6)
