@@ -15,6 +15,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
@@ -618,17 +619,17 @@ class GSM8K:
         self.known[split_of("GSM8K", (question,))].append((question, answer))
 
 # %% ../nbs/00f_domains.ipynb #c40ee2b3
-_ANSWER = re.compile(r"####[ \t]{0,9}(-?[0-9][0-9,]{0,20})")
+_ANSWER = re.compile(r"[ \t]{0,9}(-?[0-9][0-9,]{0,20}(?:\.[0-9]{1,20})?)(?![0-9]|[.,/][0-9])")
 
 
 def final_number(
     text: str,  # of an answer
-) -> int:
-    "The number behind the last `####`; a `FormulaError` where there is none."
-    found = _ANSWER.findall(_read(text, 20_000))
-    if not found:
+) -> Fraction:
+    "The number behind the last `####`, 34.0 as 34; a `FormulaError` where there is none, or more than a number."
+    _, mark, last = _read(text, 20_000).rpartition("####")
+    if not (mark and (found := _ANSWER.match(last))):
         raise FormulaError("the answer has no number behind ####")
-    return int(found[-1].replace(",", ""))
+    return Fraction(found[1].replace(",", ""))
 
 # %% ../nbs/00f_domains.ipynb #627216a5
 @patch

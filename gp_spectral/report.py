@@ -7,9 +7,10 @@ Docs: https://gp-spectral.github.io/gp_spectral/report.html.md"""
 # %% auto #0
 __all__ = ['MARGIN', 'TWINS', 'CLAIMS', 'CLAIMS_HEAD', 'SUCCESS_HEAD', 'FAULTS', 'FAULTS_HEAD', 'AS_CHARTS', 'interval',
            'verdict', 'p_value', 'judged', 'detectable', 'holm', 'two_way', 'contrast', 'fieller', 'jackknife',
-           'claims', 'Claim', 'sentences', 'collect', 'plot_training', 'plot_success', 'plot_twins', 'plot_starts',
-           'plot_matrix', 'plot_recovery_sizes', 'plot_recovery_bars', 'figures', 'claims_rows', 'claim_cards',
-           'success_rows', 'fault_rows', 'success_by_checkpoint', 'checkpoint_steps', 'page_of', 'write_report']
+           'crossing', 'claims', 'Claim', 'sentences', 'collect', 'plot_training', 'plot_success', 'plot_twins',
+           'plot_starts', 'plot_matrix', 'plot_recovery_sizes', 'plot_recovery_bars', 'figures', 'claims_rows',
+           'claim_cards', 'success_rows', 'fault_rows', 'success_by_checkpoint', 'checkpoint_steps', 'page_of',
+           'write_report']
 
 # %% ../nbs/06b_report.ipynb #b9a5d9da
 import base64
@@ -558,7 +559,11 @@ def _points_of_the_line(by_edit):
     return ["target", *sorted(between, key=share), "donor"]
 
 
-def _crossing(x, y, level):
+def crossing(
+    x,  # numbers along a line
+    y,  # others, at the same points
+    level,  # of x
+) -> tuple:  # (place, weight)
     """(place between two points of a line, weight of the second) at which x is at a level and y is largest.
 
     Where x never is at the level, the point that comes nearest.
@@ -586,7 +591,7 @@ def _above_the_line(evidence, own_id, own_ood):
     points = _points_of_the_line(oods)
     for seed in evidence.seeds:
         x, ood = ids.xs(seed)[points].mean().tolist(), oods.xs(seed, drop_level=False)
-        i, w = _crossing(x, ood[points].mean().tolist(), own_id.xs(seed).mean())
+        i, w = crossing(x, ood[points].mean().tolist(), own_id.xs(seed).mean())
         line = (1 - w) * ood[points[i]] + w * ood[points[i + 1]]
         rows.append(own_ood.xs(seed, drop_level=False) - line)
     return _mean_of(pd.concat(rows), evidence.unit)

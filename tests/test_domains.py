@@ -46,6 +46,19 @@ def test_no_number_of_a_school_answer_is_cut_in_two():
         final_number(" " * 19_993 + "#### 2722")  # 27, where it is cut
 
 
+SCHOOL = {"#### 34": 34, "#### 34.": 34, "#### 34.0 miles": 34, "#### 34.5": 34.5, "####-1,234": -1234}
+SCHOOL |= dict.fromkeys(["#### 34/2", "#### 3.4.5", "#### 34 #### x", "34", "#### " + "9" * 40])
+
+
+@pytest.mark.parametrize("text", SCHOOL)
+def test_a_school_answer_is_read_whole_or_not_at_all(text):
+    if SCHOOL[text] is None:
+        with pytest.raises(FormulaError, match="no number behind"):
+            final_number(text)
+    else:
+        assert final_number(text) == SCHOOL[text]
+
+
 @pytest.mark.parametrize("task", TASKS, ids=repr)
 def test_right_answers_by_an_independent_evaluation(task):
     "Python's own arithmetic says the same of worked answers, and not of those to another meaning."
