@@ -971,8 +971,10 @@ def plot_profile(
 _LINES = {
     "mean over matrices": dict(color="black", lw=2),
     "random subspaces": dict(color="0.45", lw=1.2, linestyle=(0, (2, 1))),
+    "noise as large as the change": dict(color="#1b7837", lw=1.6),
     "storage floor": dict(color="#CC79A7", lw=1.6, linestyle=(0, (1, 1))),
 }
+_OF_LINES = dict(zip(_LINES, ("", "random_mean", "isotropic", "floor")))  # their columns; '': what is drawn
 
 
 def _said(ax, text, xy, offset, **more):
@@ -981,39 +983,44 @@ def _said(ax, text, xy, offset, **more):
     ax.annotate(text, xy, offset, **at, **more)
 
 
-def _mark(ax, x, rows, value, color, near):
-    "One side of one band: its matrices, their mean, the random baseline and, where it is near, the floor."
+def _lines_for(rows, value):
+    "Which lines a pair gets: noise where it is known and means are drawn, the floor where it is near."
+    noise = value == "mean" and "isotropic" in rows and rows.isotropic.notna().any()
+    near = rows.floor.mean() > rows[value][rows[value] > 0].min() / 20
+    return [name for name, shown in zip(_LINES, (True, True, noise, near)) if shown]
+
+
+def _mark(ax, x, rows, value, color, lines):
+    "One side of one band: its matrices, and lines across it."
     spread = 0.22 * (np.arange(len(rows)) / max(1, len(rows) - 1) - 0.5)
     ax.plot(x + spread, rows[value], SIDE_MARKERS[rows.side.iloc[0]], color=color, ms=4, alpha=0.45, mew=0)
-    ax.hlines(rows[value].mean(), x - 0.16, x + 0.16, **_LINES["mean over matrices"])
-    ax.hlines(rows.random_mean.mean(), x - 0.17, x + 0.17, **_LINES["random subspaces"])
-    if near:
-        ax.hlines(rows.floor.mean(), x - 0.17, x + 0.17, **_LINES["storage floor"])
+    for name in lines:
+        ax.hlines(rows[_OF_LINES[name] or value].mean(), x - 0.17, x + 0.17, **_LINES[name])
 
 # %% ../nbs/04_angles.ipynb #4df8dfe7
-def _draw_pair(ax, p, table, value, near):
+def _draw_pair(ax, p, table, value, lines):
     "The bands of the `p`th pair; the ticks that they want, [(x, side)]."
     ticks = []
     for b, band in enumerate(BANDS):
         for side, shift in (("U", -0.19), ("V", 0.19)):
             rows, x = table[(table.band == band) & (table.side == side)], 4 * p + b + shift
             if len(rows):
-                _mark(ax, x, rows, value, BAND_COLORS[band], near)
+                _mark(ax, x, rows, value, BAND_COLORS[band], lines)
                 ticks.append((x, side))
         _said(ax, band, (4 * p + b, 0), (0, -18), va="top", fontsize=10)
     return ticks
 
 # %% ../nbs/04_angles.ipynb #3ceccd00
-def _style_angles(ax, value, ticks, near):
+def _style_angles(ax, value, ticks, lines):
     "Axes, ticks and legend of `plot_angles`."
     ax.set_xticks(*zip(*ticks))
     ax.set(ylabel=f"{value} principal angle (degrees)")
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="y", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-    for label in list(_LINES)[: 2 + bool(near)]:
+    for label in (name for name in _LINES if name in lines):
         ax.plot([], [], label=label, **_LINES[label])
-    ax.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
+    ax.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
 # %% ../nbs/04_angles.ipynb #3389fed3
 def plot_angles(
@@ -1021,15 +1028,15 @@ def plot_angles(
     value="mean",  # 'mean', 'median' or 'max'
     ax=None,  # where to draw; default: a new figure
 ) -> plt.Axes:
-    "Angles of bands and sides: a mark per matrix, their mean as a bar, random subspaces dashed, a near floor dotted."
+    "Angles of bands and sides: a mark per matrix, their mean, noise as large, random subspaces and a near floor."
     pairs, ticks = list(dict.fromkeys(zip(table.base, table.other))), []
     ax = ax or plt.subplots(figsize=(1.5 + 4 * len(pairs) ** 0.7, 3.4), layout="constrained")[1]
-    table = table.assign(**{c: np.degrees(table[c]) for c in (value, "random_mean", "floor")})
-    near = []
+    columns = {value, "random_mean", "isotropic", "floor"} & set(table)
+    table, drawn = table.assign(**{c: np.degrees(table[c]) for c in columns}), set()
     for p, (base, other) in enumerate(pairs):
         rows = table[(table.base == base) & (table.other == other)]
-        near.append(rows.floor.mean() > rows[value][rows[value] > 0].min() / 20)
-        ticks += _draw_pair(ax, p, rows, value, near[p])
+        ticks += _draw_pair(ax, p, rows, value, lines := _lines_for(rows, value))
+        drawn.update(lines)
         if len(pairs) > 1:
             _said(ax, f"{base} → {other}", (4 * p + 1, 1), (0, 3), fontsize=9.5)
     if len(pairs) == 1:
@@ -1037,7 +1044,7 @@ def plot_angles(
     if table[value].min() > 0:
         ax.set_yscale("log")
         plain_log(ax.yaxis)
-    _style_angles(ax, value, ticks, any(near))
+    _style_angles(ax, value, ticks, drawn)
     return ax
 
 # %% ../nbs/04_angles.ipynb #6a012ff9
@@ -1079,7 +1086,7 @@ _WORDS = """words:
   angle             mean principal angle between the two bands, in degrees: 0 is the same subspace
   floor             the angle that rounding to the stored dtype would cause by itself
   isotropic         the angle that Gaussian noise as large as the change would cause: what lies above it has turned
-                    more than any change of this size does, what lies below it was kept
+                    more than noise of this size turns it, what lies below it was kept
   random            the angle of two random subspaces of this size: nothing in common
   rotated           the part of the rows whose angle is more than twice its floor
   ‖ΔW‖²             the sum of the squares of all differences, of all weights or of a part of them
@@ -1088,8 +1095,8 @@ _WORDS = """words:
 
 
 _CHECKPOINTS = (
-    "the base, then what was made of it: folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'; "
-    "full models or LoRA adapters"
+    "the base, then what was made of it: folders, trainers' runs, hub names (org/name), 'tiny', 'tiny-rule' or "
+    "'smollm2'; full models or LoRA adapters"
 )
 
 # %% ../nbs/04_angles.ipynb #f7056705

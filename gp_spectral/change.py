@@ -178,7 +178,7 @@ def _way(now, start, end, names):
     way = sum(end[n] - start[n] for n in names)
     return sum(now[n] - start[n] for n in names) / way if way else math.nan
 
-
+# %% ../nbs/05b_change.ipynb #7b929cd0
 def balance(
     base: dict,  # {benchmark: score} of the model before tuning; more is better
     tuned: dict,  # the same of the tuned model

@@ -26,7 +26,7 @@ from .chart import Chart, words
 from .checkpoint import as_checkpoint, tell_apart
 from .dial import dial_widget, known_success, repair_chart, study_dial
 from .jobs import JobFolder
-from .page import change_lines, change_rows, change_words, energy_rows, furthest, map_rows
+from .page import analysed, change_lines, change_rows, change_words, energy_rows, furthest, map_rows
 from .page import shown_ranks, sigma_lines, sigma_rows, turn_map, what_turned
 from .player import player_widget
 from .recovery import edit_matrix, matrix_seed
@@ -424,7 +424,11 @@ def spectral_widget(
         return widgets.VBox([widgets.HTML(words(str(e)))])
     wrapped = widgets.Layout(flex_flow="row wrap")
     at.pair_said.layout = widgets.Layout(max_width="36em", margin="1em 0 0 1em")
-    return widgets.VBox([widgets.HBox([at.map, at.pair_said], layout=wrapped), at.leading, at.matrix_said, at.detail])
+    more = [
+        x for title, text, chart in analysed(opened.tables) for x in (widgets.HTML(words(title, text)), Chart(chart))
+    ]
+    shown = [widgets.HBox([at.map, at.pair_said], layout=wrapped), at.leading, at.matrix_said, at.detail]
+    return widgets.VBox([*shown, *more])
 
 # %% ../nbs/07_explore.ipynb #59d8cf51
 _HANDS = 100  # that the dial asks under each rule

@@ -6,8 +6,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/folders.html.md"""
 
 # %% auto #0
 __all__ = ['OURS', 'TINY', 'HUB_NAME', 'WRITERS', 'CheckpointError', 'unique_keys', 'read_json', 'locate', 'base_of',
-           'is_adapter', 'adapter_config', 'atomic', 'write_json', 'lock_of', 'free_lock', 'alone', 'is_full',
-           'print_table', 'write_rows', 'table_argument']
+           'is_adapter', 'adapter_config', 'load_plugins', 'atomic', 'write_json', 'lock_of', 'free_lock', 'alone',
+           'is_full', 'print_table', 'write_rows', 'table_argument']
 
 # %% ../nbs/00a_folders.ipynb #336d309b
 import argparse
@@ -19,6 +19,7 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,18 @@ def adapter_config(
         told = told if len(told) < 200 else f"{told[:200]}..."
         raise CheckpointError(f"{file}: {key} = {told}: expected {expected}")
     return config
+
+# %% ../nbs/00a_folders.ipynb #21a2c629
+def load_plugins(
+    group: str,  # of entry points, such as gp_spectral.methods
+    what: str,  # they are, for the warning
+):
+    "Imports what other packages add; one that fails is left out, with a warning that names it."
+    for plugin in entry_points(group=group):
+        try:
+            plugin.load()
+        except Exception as e:  # whose fault it is; the others work
+            warnings.warn(f"{what} of {plugin.value} ({plugin.name}) are left out: {e}", stacklevel=3)
 
 # %% ../nbs/00a_folders.ipynb #5414fa9a
 def _remove(path):

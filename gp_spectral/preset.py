@@ -24,7 +24,7 @@ from fastcore.basics import patch
 
 from .config import Config, describe, option
 from .constraint import CONSTRAINTS
-from .domains import DOMAINS
+from .domains import DOMAINS, TASKS
 from .env import RULES, GeneralPoints
 from .grpo import GRPOConfig
 from .ppo import PPOConfig
@@ -88,7 +88,7 @@ class Game(_Keyed):
 
     model: str = option("tiny", "what all begins with: tiny, tiny-rule, smollm2, a folder, or org/name on the hub")
     bases: tuple[str, ...] = option((), "instead of model: several, one after the other, each with so many seeds")
-    task: str = option("points", "the card game, points, or another domain", choices=("points", *DOMAINS))
+    task: str = option("points", "the card game, points, or another domain", choices=TASKS)
     id_rule: str = option("", "the rule that is trained; empty: the first that the task has")
     ood_rule: str = option("", "the other rule; empty: the second that the task has")
     cards: int = option(4, "in a hand; in another domain the numbers or letters of a problem", least=1)

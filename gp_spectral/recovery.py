@@ -30,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
-from importlib.metadata import entry_points
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,7 +37,7 @@ from typing import Literal, NamedTuple
 # %% ../nbs/05_recovery.ipynb #83591508
 from .checkpoint import TABLES, Checkpoint, Entry, as_checkpoint, common_weights, describe, is_buffer
 from .checkpoint import layer_range, number, part_of, preflight, same_name
-from .folders import CheckpointError
+from .folders import CheckpointError, load_plugins
 from .svd import Factors, factorize, factors as factors_of, one_thread
 from .angles import band_size, null_sigma, principal_angles, rounding_std
 from .jobs import workers as workers_for
@@ -330,11 +329,7 @@ def method(
 def load_methods():
     "Imports our own further methods and the entry points of `gp_spectral.methods`; gives `METHODS`, complete."
     importlib.import_module("gp_spectral.change")
-    for plugin in entry_points(group="gp_spectral.methods"):
-        try:
-            plugin.load()
-        except Exception as e:  # whose fault it is; the other methods work
-            warnings.warn(f"the recovery methods of {plugin.value} ({plugin.name}) are left out: {e}", stacklevel=2)
+    load_plugins("gp_spectral.methods", "the recovery methods")
     return METHODS
 
 

@@ -27,10 +27,10 @@ import pandas as pd
 from matplotlib.patheffects import withStroke
 from scipy import stats
 
-from .angles import angle_profile, plot_angles, plot_profile
+from .angles import Comparison, angle_profile, plot_angles, plot_profile
 from .checkpoint import Checkpoint
 from .folders import atomic
-from .page import MOST_HEAD, TEMPLATES, chart_json, hand_cards, library, recovery_dial
+from .page import MOST_HEAD, TEMPLATES, analysed, chart_json, hand_cards, library, recovery_dial
 from .page import success_chart, training_chart, turn_map, turned_most, turning_chart
 from .play import RULE_COLORS, success_rate
 from .preset import read_preset
@@ -1297,7 +1297,7 @@ SUCCESS_HEAD = [
     "first attempt, %",
     "95 % interval",
     "read as told, %",
-    "solved when read, %",
+    "solved once it is read, %",
     "8 samples: mean → any, %",
     "several attempts: first → within all, %",
     "wrong rule, %",
@@ -1439,13 +1439,22 @@ def _turning_part(tables, preset):
 _FIRST = [_LABELS[a] + _LABELS[b] for a, b in (*_STEPS.values(), ("end", "noise"))]  # pairs that one asks for first
 
 
+def _analyses(tables, *of_matrices):
+    "What analyses draw of a study, as of a comparison of its checkpoints; means over seeds."
+    angles, changes, spectrum, profiles = (pd.DataFrame() if t is None else t for t in of_matrices)
+    parts = _mean_over_seeds(tables["parts"], "base", "other", "part") if "parts" in tables else pd.DataFrame()
+    made = Comparison(angles, changes, parts, pd.DataFrame(), spectrum, profiles)
+    return [(title, words, chart_json(chart)) for title, words, chart in analysed(made)]
+
+
 def _map_part(tables, preset):
     angles, *more = _of_matrices(tables)
     later = ~(angles.base + angles.other).isin(_FIRST)
     angles = angles.iloc[np.argsort(later, kind="stable")]
     most = turned_most(angles[(angles.base + angles.other).isin(_FIRST[:2])])
     noise = "isotropic" in angles and angles.isotropic.notna().any()
-    return dict(map=chart_json(turn_map(angles, *more)), details="profiles" in tables, most=most, noise=noise)
+    about = dict(details="profiles" in tables, most=most, noise=noise, more=_analyses(tables, angles, *more))
+    return dict(map=chart_json(turn_map(angles, *more)), **about)
 
 
 def _dial_part(tables, preset):
@@ -1470,7 +1479,9 @@ _PARTS = {  # table: (what is made of it, what it is called where it is missing)
     "hands": (_hands_part, "the words of the answers (hands)"),
 }
 _BESIDE_PARTS = {"spectrum": "singular values (spectrum)", "profiles": "sorted angles (profiles)"}
-_NOTHING = dict.fromkeys("success_chart found claims training turning map most noise dial hands hands_seed".split(), "")
+_NOTHING = dict.fromkeys(
+    "success_chart found claims training turning map most noise more dial hands hands_seed".split(), ""
+)
 
 
 def _parts(tables, preset):

@@ -95,7 +95,9 @@ def check_examples(
         told = f"{n} of {len(answers)} answers of {task_name(task)} cannot be said with this tokenizer"
         told += f", {answer!r} for one: {why}"
         if n == len(answers):
-            raise ValueError(f"{told}; write answers in words of its vocabulary, or take another model")
+            raise ValueError(
+                f"{told}; write answers in words that it has (tokenizer.get_vocab() lists them), or take another model"
+            )
         warnings.warn(f"{told}; have `answer` raise a ValueError to leave such problems out", stacklevel=3)
 
 # %% ../nbs/01_sft.ipynb #616cc0f9

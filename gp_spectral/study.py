@@ -623,7 +623,7 @@ def study_again(
     return _made(whole, workers, kept["command"])
 
 # %% ../nbs/06c_study.ipynb #27fbe47f
-_CHECKPOINT = "a folder, a trainer's run, a hub name (org/name), 'tiny' or 'smollm2'"
+_CHECKPOINT = "a folder, a trainer's run, a hub name (org/name), 'tiny', 'tiny-rule' or 'smollm2'"
 _WORKERS = (
     "processes that share the stages; 1: this one alone; default: one a core of a CPU, as memory and the stages that "
     "can run side by side allow, and 1 on a GPU. Each computes with one thread, so that the numbers are the same for "

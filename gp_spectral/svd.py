@@ -721,7 +721,7 @@ def spectrum_arguments(
 ):
     "What `gp-spectral spectrum` can be told."
     parser.epilog, add = _SPECTRUM_WORDS, parser.add_argument
-    names = "folders, trainers' runs, hub names (org/name), 'tiny' or 'smollm2'"
+    names = "folders, trainers' runs, hub names (org/name), 'tiny', 'tiny-rule' or 'smollm2'"
     add("checkpoints", nargs="+", help=f"checkpoints: {names}")
     table_argument(parser)
     add("--plot", help="also draw the first matrix to this .png file (--kinds and --layers choose)")

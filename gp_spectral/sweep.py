@@ -737,7 +737,7 @@ def _common(parser, out, required=True, method="anchored", sized=False):
     "The arguments that all three commands have."
     a = parser.add_argument
     parser.epilog = f"{_WORDS}\n{methods_text(sized)}"
-    a("target", help="the checkpoint to repair, a folder, a hub name or 'tiny'; it is only read")
+    a("target", help="the checkpoint to repair, a folder, a hub name, 'tiny' or 'tiny-rule'; it is only read")
     a("--donor", required=True, help="the checkpoint that directions come from")
     a("--base", help="what an adapter is laid over, where it is not to be found under the name in adapter_config.json")
     a("--out", required=required, help=out)
