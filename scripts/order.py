@@ -1,11 +1,11 @@
 """Merge first, or RL first? Tables of the study of the order.
 
-    python scripts/order.py RUN OUT --seeds 6 7 8 9 10 11 [--tables nbs/studies/order]  # a quarter of an hour of a core
+    python scripts/order.py RUN OUT --seeds 6 7 8 9 10 11 [--tables nbs/studies/order]  # twenty minutes of a core
 
 RUN is what `gp-spectral study` leaves of a preset with six bases; of its repetitions those of --seeds are read. SFT_End
 is taken 40 % of the way back to the base, and RL starts from there, with the study's settings, beside RL on a constant
-reward; SFT_End and what RL made of it are taken back to the base step by step. What is finished in OUT is not made
-again. The plan is in nbs/studies/order.ipynb.
+reward; SFT_End and what RL made of it are taken back to the base step by step; RL starts from the base, too. What is
+finished in OUT is not made again. The plan is in nbs/studies/order.ipynb.
 """
 
 import argparse
@@ -59,9 +59,13 @@ def trained(study, seed, start, out, twin):
     return out / "checkpoint", pd.read_parquet(out / "log.parquet").success.iloc[0]
 
 
+def named(study, seed):
+    return {name: ROOT / path for name, path in study.checkpoints(seed).items()}
+
+
 def measured(study, seed, out):
     "(answers, gate) of one repetition."
-    of = {name: ROOT / path for name, path in study.checkpoints(seed).items()}
+    of = named(study, seed)
     part = out / f"{seed}.part"
     shutil.rmtree(part, ignore_errors=True)
     start = out / f"{seed}-merged"
@@ -78,6 +82,12 @@ def measured(study, seed, out):
     return pd.concat(answers), pd.DataFrame(gate)
 
 
+def from_base(study, seed, out):
+    "(answers, gate) of RL without SFT."
+    folder, right = trained(study, seed, named(study, seed)["base"], out / f"{seed}-base", None)
+    return asked(study, folder, arm="base, RL", share=0.0), pd.DataFrame([dict(arm="base, RL", right=right)])
+
+
 def main():
     from gp_spectral.stages import Study
 
@@ -91,12 +101,13 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     args.tables.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        files = {name: args.out / f"{seed}.{name}.parquet" for name in found}
-        if not files["gate"].exists():
-            for name, table in zip(found, measured(study, seed, args.out)):
-                table.assign(seed=seed, base=study.number(seed)).to_parquet(files[name])
-        for name, file in files.items():
-            found[name].append(pd.read_parquet(file))
+        for make in (measured, from_base):
+            files = {name: args.out / f"{seed}.{make.__name__}.{name}.parquet" for name in found}
+            if not files["gate"].exists():
+                for name, table in zip(found, make(study, seed, args.out)):
+                    table.assign(seed=seed, base=study.number(seed)).to_parquet(files[name])
+            for name, file in files.items():
+                found[name].append(pd.read_parquet(file))
         print(seed, "done", flush=True)
     for name, tables in found.items():
         pd.concat(tables, ignore_index=True).to_parquet(args.tables / f"{args.run.name}.{name}.parquet")
