@@ -95,3 +95,14 @@ class Parity:
         word = (text.split() or [""])[0]
         ok = word.isdigit() and int(word) % 2 == int(problem[-1]) % 2
         return Feedback(float(ok), "" if ok else "wrong", ok, "" if ok else "wrong_value")
+
+
+def add_package(folder, monkeypatch, group, module, source):
+    "A package of somebody else's with one module and one entry point; gives the file of its entry points."
+    (folder / f"{module}.py").write_text(source)
+    info = folder / f"{module}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {module}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n")
+    monkeypatch.syspath_prepend(folder)
+    return info / "entry_points.txt"

@@ -5,6 +5,7 @@ import sys
 from itertools import combinations
 from pathlib import Path
 import pytest
+from made import add_package
 from gp_spectral.domains import DOMAINS, Alphabet, Countdown, Operators, StatedProblem, Units, final_number
 from gp_spectral.env import SPLITS, FormulaError
 from gp_spectral.preset import Preset, load_preset
@@ -206,3 +207,17 @@ def test_the_player_deals_other_domains_too():
     deal.click()
     assert "begins with @ = -" in about.value and cards.value == deck["OOD"][1].key
     assert not step.disabled or "Correct" in talk.value
+
+
+def test_a_task_of_another_package_has_a_name(tmp_path, monkeypatch):
+    "By its entry point; a name that nobody has is told beside all that there are."
+    source = (
+        "from gp_spectral.domains import DOMAINS, Alphabet\nclass Theirs(Alphabet): pass\nDOMAINS['theirs'] = Theirs\n"
+    )
+    with pytest.raises(ValueError, match="task = 'theirs': expected one of points, operators"):
+        load_preset("tiny-domains", dict(task="theirs"))
+    add_package(tmp_path, monkeypatch, "gp_spectral.tasks", "their_task", source)
+    monkeypatch.setattr("gp_spectral.domains.DOMAINS", kept := dict(DOMAINS))
+    monkeypatch.setattr("gp_spectral.preset.DOMAINS", kept)
+    preset = load_preset("tiny-domains", dict(task="theirs", cards="5"))
+    assert repr(preset.tasks()["OOD"]) == "Theirs('backwards', size=5)"

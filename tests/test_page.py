@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from made import changed, weights, write
+from made import add_package, changed, weights, write
 from gp_spectral.angles import Comparison, read_comparison
 from gp_spectral.cli import main
 from gp_spectral.page import (
+    ANALYSES,
+    analysis,
     change_rows,
     chart_json,
     dial_rows,
@@ -337,3 +339,30 @@ def test_a_checkpoint_is_marked_once():
         ]
     )
     assert checkpoint_steps(dict(sft_curve=curve), 8) == {4: "SFT_MaxOOD (1 of 2)", 8: "SFT_MaxOOD (1 of 2), SFT_End"}
+
+
+ANALYSIS = """
+from gp_spectral.page import alt, analysis
+
+@analysis("Theirs <i>", "Of another package.")
+def theirs(tables):
+    return alt.Chart(tables.changes[["matrix", "weight_change"]]).mark_bar().encode(x="matrix", y="weight_change")
+"""
+
+
+def test_analyses_of_others_are_on_the_page(compared, tmp_path, monkeypatch):
+    "That of another package is imported and drawn, its words as words; one that fails costs nobody the page."
+    monkeypatch.setattr("gp_spectral.page.ANALYSES", dict(ANALYSES))
+    ours = len(ANALYSES)
+    points = add_package(tmp_path, monkeypatch, "gp_spectral.analyses", "their_analysis", ANALYSIS)
+    tables = read_comparison(compared)
+    page = write_page(tables, tmp_path / "page.html").read_text()
+    assert "<h2>Theirs &lt;i&gt;</h2>" in page and f'id="analysis-{ours + 1}"' in page
+    assert "How much changed, layer by layer" in page
+    analysis("Broken")(lambda tables: tables.no_such_table)
+    points.write_text("[gp_spectral.analyses]\nbroken = no_such_module\n")
+    with pytest.warns(UserWarning) as said:
+        again = write_page(tables, tmp_path / "page.html").read_text()
+    assert again == page
+    told = " ".join(str(w.message) for w in said)
+    assert "the analyses of no_such_module (broken) are left out" in told and "<lambda> is left out: Attr" in told

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import made
-from made import changed, gaussian, orthonormal, trained, weights, write
+from made import add_package, changed, gaussian, orthonormal, trained, weights, write
 from safetensors.torch import load_file, save_file
 
 from gp_spectral import checkpoint, cli, recovery
@@ -1389,19 +1389,15 @@ def test_a_method_may_take_the_place_of_ours(checkpoints, tmp_path, methods):
 
 def test_methods_of_other_packages(tmp_path, monkeypatch, methods):
     "An entry point of the group gp_spectral.methods is imported when its method is asked for."
-    (tmp_path / "of_others.py").write_text(
+    source = (
         "from gp_spectral.recovery import method\n"
         '@method("of_others")\ndef edit(W, target, donor, taken, *, far=2): return W * far\n'
     )
-    info = tmp_path / "of_others-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Name: of_others\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[gp_spectral.methods]\nof_others = of_others\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    points = add_package(tmp_path, monkeypatch, "gp_spectral.methods", "of_others", source)
     W, D = pair(6, 5)
     torch.testing.assert_close(edit_matrix("of_others", W, D, options=dict(far=3)), 3 * W)
     assert "of_others (top 20%)" in sweeping.methods_text()
-    (info / "entry_points.txt").write_text("[gp_spectral.methods]\nbroken = no_such_module\n")
+    points.write_text("[gp_spectral.methods]\nbroken = no_such_module\n")
     with pytest.raises(ValueError, match="unknown method 'nowhere'"):
         with pytest.warns(UserWarning, match="methods of no_such_module .broken. are left out"):
             edit_matrix("nowhere", W, D)
