@@ -202,6 +202,13 @@ def rule_study(notebooks):
     return page_of(notebooks / "studies" / "rule")
 
 
+def rule_study_again(notebooks):
+    "The page of the first half of that study, made again with all that a study keeps by now."
+    from gp_spectral.report import page_of
+
+    return page_of(notebooks / "studies" / "rule" / "again", "gp-spectral study --preset tiny-rule-bases --seeds 1")
+
+
 def skill_study(notebooks):
     "The page of the same on bases that lose skill, from its tables."
     from gp_spectral.report import page_of
@@ -249,6 +256,12 @@ PAGES = {  # to click on: title, what it is, what makes it
         "The rule study to click on",
         "This is what `gp-spectral study` writes, here from the tables of [the rule study](studies/rule.md).",
         rule_study,
+    ),
+    "rule-study-again": (
+        "Half of the rule study, made again, to click on",
+        "Six of the twelve runs of [the rule study](studies/rule.md), with the answers to fifty hands, sorted angles and "
+        "the angles through training, which the first runs did not keep.",
+        rule_study_again,
     ),
     "skill-study": (
         "The skill study to click on",
