@@ -1172,13 +1172,24 @@ def _pairs_of(n, each_with_each):
     return [(i, j) for j in range(n) for i in range(j) if each_with_each or i in (0, j - 1)]
 
 
+def _each_once(checkpoints):
+    "Without those that were named before; two that are one are compared, and found equal."
+    kept, places = [], [c.where for c in checkpoints]
+    for c, place in zip(checkpoints, places):
+        if place in [k.where for k in kept] and len(set(places)) > 1:
+            print(f"note: {place} is named twice, and compared once")
+        else:
+            kept.append(c)
+    return kept
+
+
 def run_compare(
     args: argparse.Namespace,  # as parsed with `compare_arguments`
 ):
     "Compares, prints what was found, and writes tables and pictures."
     if len(args.checkpoints) < 2:
         raise ValueError("compare needs at least two checkpoints: the base, then the others")
-    cs, begun = [with_base(c, args.base) for c in args.checkpoints], time.time()
+    cs, begun = _each_once([with_base(c, args.base) for c in args.checkpoints]), time.time()
     what = args.kinds, args.include, args.layers
     for note in _shortened(note for c in cs[1:] for note in preflight(cs[0], c, *what)):
         print(f"note: {note}")

@@ -6,8 +6,8 @@ Docs: https://gp-spectral.github.io/gp_spectral/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_NAME', 'CHUNK', 'TABLES', 'PARTS', 'Entry', 'read_header', 'Held', 'Checkpoint', 'Matrix', 'describe',
-           'is_buffer', 'number', 'layer_range', 'part_of', 'as_parts', 'with_base', 'as_checkpoint', 'put_into',
-           'LowRank', 'same_name', 'Joined', 'preflight', 'common_weights', 'tell_apart']
+           'is_buffer', 'number', 'layer_range', 'part_of', 'as_parts', 'kinds_of', 'with_base', 'as_checkpoint',
+           'put_into', 'LowRank', 'same_name', 'Joined', 'preflight', 'common_weights', 'tell_apart']
 
 # %% ../nbs/03a_checkpoint.ipynb #22d4c190
 import hashlib
@@ -19,6 +19,7 @@ import shutil
 import struct
 import tempfile
 import warnings
+from collections.abc import Callable
 from copy import copy
 from math import prod
 from pathlib import Path
@@ -618,7 +619,16 @@ class Matrix(NamedTuple):
     note: str = ""  # why a fused tensor could not be split
 
 # %% ../nbs/03a_checkpoint.ipynb #badff111
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+_LAYER = re.compile(
+    r"(?:^|\.)(layers|h|blocks|block|layer|\w+_layers|\w+blocks|encoders|conformer|attentions|ffns)\.(\d+)\."
+)
+_USUAL = (
+    "layers",
+    "h",
+    "blocks",
+    "block",
+    "layer",
+)  # words for layers; those under another word are a stack of their own
 
 
 _EXPERT = re.compile(r"\.(?:experts|local_experts)\.(\d+)\.")
@@ -643,7 +653,7 @@ def describe(
     kind = words[-2] if words[-1] in ("weight", "bias") and len(words) > 1 else words[-1]
     return Matrix(
         name,
-        int(layer[1]) if layer else None,
+        int(layer[2]) if layer else None,
         next((_PARTS[p] for p in parts if p in _PARTS), kind),
         tensor=tensor,
         expert=int(expert[1]) if expert else next((int(p) for p in parts if p.isdigit()), None),
@@ -687,8 +697,8 @@ _EXPERTS_IN_OUT = set(
 
 _EXPERTS_UP = {
     **dict.fromkeys(("gate_up_proj", "input_linear"), "gate_up"),
-    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "up"),
-    **dict.fromkeys(("down_proj", "output_linear", "w2"), "down"),
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3", "fc1"), "up"),
+    **dict.fromkeys(("down_proj", "output_linear", "w2", "fc2"), "down"),
 }
 
 # %% ../nbs/03a_checkpoint.ipynb #eda45d64
@@ -867,10 +877,12 @@ def _split_gate_up(m, interleaved=False):
     return [_cut(m, lead, at(i), f"[{p}]", kind=_PARTS[p]) for i, p in enumerate(("gate", "up"))]
 
 # %% ../nbs/03a_checkpoint.ipynb #3f6938e5
-def _part_of_expert(m, base):
+def _part_of_expert(m, base, family):
     "'up', 'gate_up' or 'down'; None for what is no expert's matrix."
     if base == "input_linear" and "attention" in m.name:
         return "up"  # JetMoe has experts for its queries, too
+    if base == "fc1" and str(family).startswith("aria"):
+        return "gate_up"
     return _EXPERTS_UP.get(base)
 
 
@@ -887,7 +899,7 @@ def _stored_in_out(m, part, config, g):
 # %% ../nbs/03a_checkpoint.ipynb #4a6af015
 def _split_experts(m, base, config, g):
     "The experts of a stacked tensor, gate and up apart; an empty list and a reason where the orientation is unclear."
-    (n, a, b), part = m.shape, _part_of_expert(m, base)
+    (n, a, b), part = m.shape, _part_of_expert(m, base, config.get("model_type"))
     turned = _stored_in_out(m, part, config, g)
     if turned is None:
         return [], "it cannot be told which axis of the experts is the output"
@@ -909,7 +921,8 @@ def _of_tensor(self: Checkpoint, m, shape, two, heads, config, g):
         m = m._replace(kind=f"{words[-3]}.{base}")
     if len(shape) == 3:
         if base not in _EXPERTS_UP or not ("experts" in words or base.endswith("_linear")):
-            return [], ""
+            map_like = m.layer is not None and sum(n > 1 for n in shape) > 1 and "conv" not in m.name
+            return [], "it has three axes, and which are in and out is not known" if map_like else ""
         return _split_experts(m._replace(shape=shape), base, config, g)
     turned = family in _CONV1D and m.layer is not None
     m = m._replace(shape=shape[::-1] if turned else shape, transposed=turned)
@@ -925,12 +938,15 @@ def _of_tensor(self: Checkpoint, m, shape, two, heads, config, g):
 
 # %% ../nbs/03a_checkpoint.ipynb #5c2a7cd1
 def _stack_of(name, two):
-    tower = _TOWER.search(name)
+    layer = _LAYER.search(name)
+    tower = _TOWER.search(f"{name[: layer.start()]}." if layer else name)  # an attention to images is no tower
     if tower:
         return f"{tower[1]}.global_transformer" if ".global_transformer." in name else tower[1]
     if re.search(r"(?:^|\.)mtp\.", name):
         return "mtp"  # layers that predict further tokens, numbered anew
-    return s[1] if two and (s := _STACK.search(name)) else ""
+    if two and (s := _STACK.search(name)):
+        return s[1]
+    return layer[1] if layer and layer[1] not in _USUAL else ""
 
 # %% ../nbs/03a_checkpoint.ipynb #db20b28e
 _NO_MAPS = ("bias", "A_log")  # A_log: Mamba's decay rates, of which the exponential is used
@@ -1078,9 +1094,19 @@ TABLES = ("embeddings", "head")  # parts of a checkpoint that are matrices, too,
 PARTS = (*TABLES, "norms", "biases")  # all that is named besides the matrices inside the layers
 
 
-_POSITIONS = {"wpe", "embed_positions", "position_embeddings", "positions_embed", "token_type_embeddings"}
+_POSITIONS = {
+    "wpe",
+    "embed_positions",
+    "position_embedding",
+    "position_embeddings",
+    "positions_embed",
+    "token_type_embeddings",
+}
 
 
+# what else reads or writes words, in families that are not met as adapters
+_MORE_WORDS = {"embeddings", "token_embedding", "word_embedding", "input_embedding", "embed"}
+_MORE_OUTPUT = {"head", "output"}
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
@@ -1092,8 +1118,11 @@ def part_of(
     m, words = describe(name), name.split(".")
     if name.endswith("bias"):
         return "biases"
-    if len(shape) == 2 and m.layer is None and m.kind in _EMBED | _POSITIONS:
-        return "head" if m.kind in _OUTPUT else "embeddings"
+    if len(shape) == 2 and m.layer is None:
+        if m.kind in _OUTPUT | _MORE_OUTPUT or words[-3:-1] in (["predictions", "decoder"], ["lm_head", "decoder"]):
+            return "head"
+        if m.kind in _WORDS | _MORE_WORDS | _POSITIONS:
+            return "embeddings"
     return "norms" if len(shape) == 1 and _NORM.search(words[-2] if len(words) > 1 else name) else "rest"
 
 # %% ../nbs/03a_checkpoint.ipynb #35545b3d
@@ -1135,7 +1164,9 @@ def has_parts(
     return include
 
 # %% ../nbs/03a_checkpoint.ipynb #1f93a14c
-def _kinds_of(m):
+def kinds_of(
+    m: Matrix,  # one of a checkpoint's
+) -> set:
     "The names that a matrix's kind goes by."
     return {m.kind, m.kind.split(".")[-1], describe(m.tensor).kind}
 
@@ -1152,15 +1183,35 @@ def _sizes(views):
 @patch
 def _chosen(self: Checkpoint, views, kinds, layers, include=()):
     "Those of some matrices that are of the kinds and in the layers, and those of the parts besides."
-    missing = set(kinds or ()) - {k for m in views for k in _kinds_of(m)}
+    missing = set(kinds or ()) - {k for m in views for k in kinds_of(m)}
     if missing:
         has = ", ".join(sorted({m.kind for m in views}))
         raise CheckpointError(f"{self.where} has no matrix of kind {sorted(missing)[0]!r}: it has {has}")
     sizes = _sizes(views)
     keep = _stack_layers(layers, sizes or {"": self.n_layers}) if layers is not None else None
-    wanted = lambda m: _kinds_of(m) & set(kinds) if kinds else m.layer is not None
+    wanted = lambda m: kinds_of(m) & set(kinds) if kinds else m.layer is not None
     beside = lambda m: m.layer is None and self._part(m.tensor) in include
-    return [m for m in views if beside(m) or wanted(m) and (keep is None or m.layer in keep.get(m.stack, ()))]
+    return [
+        m
+        for m in views
+        if beside(m) or wanted(m) and (keep is None or m.layer is None or m.layer in keep.get(m.stack, ()))
+    ]
+
+# %% ../nbs/03a_checkpoint.ipynb #d7fbeb21
+@patch
+def in_layers(
+    self: Checkpoint,
+    layers,  # see `layer_range`; a share is one of each stack
+) -> Callable:  # name of a tensor -> whether it lies in one of them
+    "Which tensors lie in the layers that are meant."
+    two, known = self._two_stacks, {n: m.layer for n in self.names if (m := describe(n)).layer is not None}
+    stacks = {n: _stack_of(n, two) for n in known}
+    stacks = stacks if len({*stacks.values()}) > 1 else dict.fromkeys(known, "")
+    sizes = {}
+    for name, stack in stacks.items():
+        sizes[stack] = max(sizes.get(stack, 0), known[name] + 1)
+    meant = _stack_layers(layers, sizes or {"": 0})
+    return lambda name: name in known and known[name] in meant[stacks[name]]
 
 # %% ../nbs/03a_checkpoint.ipynb #e94265a3
 @patch
@@ -1177,8 +1228,10 @@ def matrices(
     if any(m.layer is None for m in chosen):
         chosen = self._once(chosen)
     if not chosen:
-        nothing = "no 2-D floating-point weight inside the layers that were asked for"
-        raise CheckpointError(f"{self.where} has {nothing}{self._about(unread)}")
+        asked = " that were asked for" if kinds or layers is not None else ""
+        nothing = f"no 2-D floating-point weight inside the layers{asked}"
+        known = f"; its tensors are named like {next(iter(self.names), '–')}"
+        raise CheckpointError(f"{self.where} has {nothing}{self._about(unread)}{'' if _sizes(views) else known}")
     self._warn([f"{m.name} ({m.note})" for m in chosen if m.note], "fused or unusual tensors are given whole")
     packed = f"tensors inside the layers are left out, being packed or of unclear layout{self._about(unread)}"
     self._warn(unread, packed)
@@ -1650,7 +1703,7 @@ def _is_saved_whole(name, config):
     "Whether an adapter's config explains that a tensor is saved whole."
     module, _, end = name.rpartition(".")
     saved = config.get("modules_to_save") or []
-    listed = any(module == s or module.endswith(f".{s}") or f".{s}." in f".{module}." for s in saved)
+    listed = any(module.endswith(s) or f".{s}." in f".{module}." for s in saved)  # to peft norm is input_layernorm, too
     return listed or module.split(".")[-1] in _EMBED or end == "bias" and config.get("bias", "none") != "none"
 
 # %% ../nbs/03a_checkpoint.ipynb #2171ba63
@@ -2200,7 +2253,7 @@ def _dtypes(x, y):
 def _asked(self: Checkpoint, kinds, layers, include):
     "The matrices that were asked for, as far as this checkpoint has them, and the norms and biases besides."
     views = self._views()[0]
-    known = kinds & {k for m in views for k in _kinds_of(m)}
+    known = kinds & {k for m in views for k in kinds_of(m)}
     chosen = self._chosen(views, known, layers, include) if known or not kinds else []
     if any(m.layer is None for m in chosen):
         chosen = self._once(chosen)
@@ -2213,12 +2266,12 @@ def _missed(base, other, asked, kinds, layers):
     there = [m for m in other._views()[0] if m.layer is not None]
     kept, places, has = {m.tensor for m in there}, {place(m) for m in there}, {(m.stack, m.layer) for m in there}
     stacks = {m.stack for m in there}
-    common = {k for m in asked if m.tensor in kept for k in _kinds_of(m)}
+    common = {k for m in asked if m.tensor in kept for k in kinds_of(m)}
     for m in asked:
         if m.tensor in other.entries:
             if base.shape(m.tensor) != other.shape(m.tensor):
                 yield m.tensor
-        elif m.layer is None or (kinds and not kinds & _kinds_of(m) & common):
+        elif m.layer is None or (kinds and not kinds & kinds_of(m) & common):
             yield m.tensor
         elif layers is not None and m.stack in stacks:
             yield m.tensor
@@ -2230,7 +2283,7 @@ def _missed(base, other, asked, kinds, layers):
 def _check_packed(self: Checkpoint, kinds, layers, include, n):
     "A `CheckpointError` for packed weights among what is asked for; `n`: layers, in the longer of the two."
     of = lambda module: describe(f"{module}.weight")
-    inside = lambda m: m.layer is not None and (not kinds or bool(_kinds_of(m) & kinds))
+    inside = lambda m: m.layer is not None and (not kinds or bool(kinds_of(m) & kinds))
     chosen = None if layers is None else set(layer_range(layers, n))
     asked = lambda m: inside(m) and (chosen is None or m.layer in chosen)
     tables = lambda m: m.layer is None and (m.kind in kinds or part_of(m.tensor, (1, 1)) in include)
@@ -2299,7 +2352,7 @@ def shared_matrices(
 @patch
 def word_tables(self: Checkpoint) -> list:
     "Names of the tensors that hold a row for each token to be read, tied ones too."
-    return [n for n in self.names if self._part(n) == "embeddings" and describe(n).kind in _WORDS]
+    return [n for n in self.names if self._part(n) == "embeddings" and describe(n).kind in _WORDS | _MORE_WORDS]
 
 
 def _held_as(c, name, tied):

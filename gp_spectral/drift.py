@@ -110,11 +110,11 @@ def drift(
     for name, texts in prompts.items():
         if len(texts) < 4:
             raise ValueError(f"{name}: {len(texts)} prompts, at least 4 are needed")
-    old, tokenizer = load_model(base)
+    old, tokenizer = load_model(base, chat=False)
     ids = {name: [tokenizer(t).input_ids for t in texts] for name, texts in prompts.items()}
     before, rows = {name: last_states(old, x) for name, x in ids.items()}, []
     for other in others:
-        model, _ = load_model(other)
+        model, _ = load_model(other, chat=False)
         _check_pair(old, model, other)
         for noisy in (False, True)[: 1 + noise]:
             if noisy:
@@ -173,7 +173,8 @@ def run_drift(
     args: argparse.Namespace,  # as parsed with `drift_arguments`
 ):
     "Measures, prints layer by layer, and writes what was asked for."
-    sets = {Path(f).stem: _texts(f) for f in args.prompts}
+    stems = [Path(f).stem for f in args.prompts]
+    sets = {f if stems.count(stem) > 1 else stem: _texts(f) for f, stem in zip(args.prompts, stems)}
     table = drift(args.base, args.others, sets, noise=not args.no_noise)
     shown = table.assign(other=table.other + np.where(table.noise, ", noise", ""))
     print_table(shown.drop(columns="noise"))

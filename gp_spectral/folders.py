@@ -187,6 +187,8 @@ def _misfits(config):
         texts = value if isinstance(value, list) else []
         if value is not None and not isinstance(value, kind) or not all(isinstance(x, str) for x in texts):
             yield key, _WORDS[kind]
+    if config.get("peft_type", "LORA") != "LORA":
+        return  # whoever reads it says which kinds can be read
     for key, patterns, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
         expected = "a whole number from 1" if whole else "a number"
         if key in config and not _is_size(config[key], whole):

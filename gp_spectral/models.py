@@ -81,12 +81,12 @@ def _causal_class(path):
     return AutoModelForCausalLM
 
 
-def _load_tokenizer(path):
+def _load_tokenizer(path, chat=True):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except Exception as e:
         raise ValueError(f"the tokenizer in {path} cannot be read: {e}") from e
-    return _fit_for_chat(tokenizer, f"the tokenizer in {path}")
+    return _fit_for_chat(tokenizer, f"the tokenizer in {path}") if chat else tokenizer
 
 
 def _fit_for_chat(tokenizer, name):
@@ -167,14 +167,15 @@ def load_model(
     checkpoint: str | os.PathLike,  # what `locate` knows; an adapter is laid over its base and merged
     dtype: str | torch.dtype = "auto",  # of the weights; 'auto' keeps the checkpoint's
     device: str | torch.device | None = None,  # None takes the GPU when there is one
+    chat: bool = True,  # whether the tokenizer has to have a chat template
 ):  # (model in eval mode, tokenizer with padding on the left)
     "A causal language model and its tokenizer; a `ValueError` names what is wrong with a checkpoint."
     if torch.cuda.is_available():
         gc.collect()  # a GPU's memory is not given back for cycles of references
     path = resolve(checkpoint)
     if is_adapter(path):
-        return _with_adapter(path, dtype, device)
-    tokenizer = _load_tokenizer(path)
+        return _with_adapter(path, dtype, device, chat)
+    tokenizer = _load_tokenizer(path, chat)
     options = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         with quiet(transformers_logging.ERROR):
@@ -202,13 +203,13 @@ def _base(adapter):
     return base_of(adapter, adapter_config(adapter))
 
 # %% ../nbs/00c_models.ipynb #526a944c
-def _with_adapter(path, dtype, device):
+def _with_adapter(path, dtype, device, chat):
     "(model, tokenizer) of a LoRA adapter: its base, with the adapter merged."
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     base = _base(path)
-    model, tokenizer = load_model(base, dtype, device)
+    model, tokenizer = load_model(base, dtype, device, chat)
     misfit = f"{path} does not fit its base {base}"
     try:
         with safe_open(path / "adapter_model.safetensors", "pt") as f:

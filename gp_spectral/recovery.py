@@ -9,7 +9,7 @@ __all__ = ['GIVEN', 'LIKE', 'METHODS', 'WHOSE', 'ANCHORED', 'SYMMETRIC', 'Ranks'
            'Edit', 'Option', 'Steps', 'Method', 'method', 'load_methods', 'find_method', 'method_options', 'check_pair',
            'held_ranks', 'edit_matrix', 'edit_factors', 'uv_merge', 'symmetric_merge', 'anchored_merge',
            'direct_rotation', 'sigma_only', 'interpolate', 'interpolate_to_norm', 'random_merge', 'certificate',
-           'new_folder', 'Repair', 'matrix_seed', 'options_for', 'progress_bar', 'prepare', 'recover',
+           'new_folder', 'Repair', 'matrix_seed', 'options_for', 'progress_bar', 'whole_kinds', 'prepare', 'recover',
            'root_of_squares', 'whole_way', 'write_record', 'recovery_record', 'lora_factors', 'plot_recovery']
 
 # %% ../nbs/05_recovery.ipynb #a96125da
@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple
 
 # %% ../nbs/05_recovery.ipynb #83591508
 from .checkpoint import TABLES, Checkpoint, Entry, as_checkpoint, common_weights, describe, is_buffer
-from .checkpoint import layer_range, number, part_of, preflight, same_name
+from .checkpoint import kinds_of, number, part_of, preflight, same_name
 from .folders import CheckpointError, load_plugins
 from .svd import Factors, factorize, factors as factors_of, one_thread
 from .angles import band_size, null_sigma, principal_angles, rounding_std
@@ -263,6 +263,7 @@ class Method:
     noted: bool = False  # whether a picture writes `top` beside its marks
     top: float = 0.2  # leading ranks where nothing is said: a share, or `Ranks`
     ranks: bool = True  # whether it restores ranks; where not, it gets factors only if it asks for them
+    directions: bool = True  # whether what it restores is directions, not singular values alone
     whole_layers: bool = False  # whether it copies tensors of layers, and edits no matrix
     planned: bool = True  # whether every study tries it
     steps: Steps = None  # for quick sweeps; None: each step is made anew
@@ -305,7 +306,7 @@ def _is_again(function, known):
 def method(
     name: str,  # by which `recover` and the command line know it; one word
     top=0.2,  # its default: a share of the leading ranks, or a number of them
-    **properties,  # label, color, marker, line, noted, ranks, whole_layers, planned, steps: see `Method`
+    **properties,  # label, color, marker, line, noted, ranks, directions, whole_layers, planned, steps: see `Method`
 ) -> Callable:
     "Makes a method of the function below it and puts it into `METHODS`."
     if not name.isidentifier():
@@ -865,6 +866,7 @@ def direct_rotation(
 # %% ../nbs/05_recovery.ipynb #17558aca
 @method(
     "sigma_only",
+    directions=False,
     label="σ only",
     color="#F0E442",
     marker="*",
@@ -1152,7 +1154,8 @@ class Repair(NamedTuple):
     options: dict  # of the method
     matrices: list  # to edit; of a method that copies whole layers, the tables that are included
     copied: list  # names of the norms and biases that are included
-    layers: list  # numbers; None: all
+    layers: list  # numbers, those of all stacks together; None: all
+    asked: object  # layers as they were asked for, see `layer_range`
     kinds: list  # as asked for
     include: tuple  # names of parts, besides the matrices inside the layers
     cache: object  # where factors are kept
@@ -1171,11 +1174,13 @@ class Repair(NamedTuple):
 # %% ../nbs/05_recovery.ipynb #d05e21cb
 def _restored(job, m, e):
     "How many directions of a matrix the donor gives, and how many it lacks."
-    if not job.method.sized or job.options.get("like") == "donor":
+    if not (job.method.ranks and job.method.directions):
         return dict(restored=0, lacking=0)
     count = lambda bands: sum(b.stop - b.start for b in bands)
     asked = _bands(min(m.shape), **job.ranks)
     given = count(_held(asked, e.factors[1].s, e.donor.shape, e.donor.dtype))
+    if not e.factors[0].s.any():  # a target without singular values has nothing to put on directions
+        return dict(restored=0, lacking=0)
     return dict(restored=given, lacking=count(asked) - given)
 
 
@@ -1289,7 +1294,8 @@ def _reset(goal, target, donor, tensors):
 def _included(target, include, layers):
     "Names of the included norms and biases, outside the layers and in those that were chosen (None: all)."
     wanted = lambda n: target.dtype(n).is_floating_point and part_of(n, target.shape(n)) in {*include} - {*TABLES}
-    return [n for n in target.names if wanted(n) and (layers is None or describe(n).layer in (None, *layers))]
+    meant = (lambda n: True) if layers is None else target.in_layers(layers)
+    return [n for n in target.names if wanted(n) and (describe(n).layer is None or meant(n))]
 
 
 def _copy_included(job, part):
@@ -1317,14 +1323,26 @@ def _to_copy(job, name):
     )
 
 
+def whole_kinds(
+    checkpoint,  # a `Checkpoint`
+) -> dict:  # {name of a tensor: the names that its kind goes by}
+    "The kinds of tensors that are one matrix: a third of a fused one cannot be copied by itself."
+    views = checkpoint._views(False)[0]
+    return {m.tensor: kinds_of(m) for m in views if m.name == m.tensor and m.layer is not None}
+
+
 def _copy_layers(job, part):
     "Copies what is asked for into the new folder; a row for each tensor."
     target, goal, kinds = job.target, Checkpoint(part), [job.kinds] if isinstance(job.kinds, str) else job.kinds
-    chosen, beside = set(layer_range(job.layers, target.n_layers)), set(job.copied)
-    in_layers = lambda m: m.layer in chosen and (not kinds or m.kind in kinds)
-    tensors = [m for m in map(describe, goal.names) if in_layers(m) and _to_copy(job, m.name) or m.name in beside]
+    chosen, beside, own = target.in_layers(job.asked), set(job.copied), whole_kinds(target)
+    inside = lambda m: chosen(m.name) and (not kinds or own.get(m.name, {m.kind}) & set(kinds))
+    tensors = [m for m in map(describe, goal.names) if inside(m) and _to_copy(job, m.name) or m.name in beside]
     if not tensors:
-        raise CheckpointError(f"{target.path} has no tensor of the kinds {kinds} in layers {sorted(chosen)}")
+        where, has = (
+            f"in layers {job.layers or 'of any number'}",
+            ", ".join(sorted({k for x in own.values() for k in x})),
+        )
+        raise CheckpointError(f"{target.path} has no whole tensor of the kinds {kinds} {where}: it has {has}")
     shown = tqdm(tensors, **progress_bar(job, "tensor"))
     return [*job.method.function(goal, target, job.donor, shown, **job.options), *_copy_tables(job, part)]
 
@@ -1401,9 +1419,10 @@ def prepare(
     _check_certify(certify)
     notes = preflight(target, donor, kinds, include, layers)
     include = [c.has_parts(include) for c in (target, donor)][0]
-    chosen = None if layers is None else layer_range(layers, target.n_layers)
-    matrices, copied = _matrices(target, donor, known, kinds, layers, include), _included(target, include, chosen)
-    what = dict(matrices=matrices, copied=copied, layers=chosen, kinds=kinds, include=include)
+    meant = None if layers is None else target.in_layers(layers)
+    chosen = meant and sorted({describe(n).layer for n in target.names if meant(n)})
+    matrices, copied = _matrices(target, donor, known, kinds, layers, include), _included(target, include, layers)
+    what = dict(matrices=matrices, copied=copied, layers=chosen, asked=layers, kinds=kinds, include=include)
     how = dict(cache=cache, certify=certify, progress=progress, notes=[*notes, *_code_note(target)])
     job = Repair(target, donor, known, ranks, options, **what, **how)
     _check_matrices(job)
@@ -1607,7 +1626,7 @@ def _modules(checkpoint):
         )
     try:
         with torch.device("meta"):
-            model = known(known.config_class.from_dict(checkpoint.config))
+            model = known(known.config_class.from_pretrained(checkpoint.path))
     except Exception as e:
         raise CheckpointError(f"{names[0]} cannot be built from {file} ({e}): as_lora needs its modules") from e
     return {n: type(x).__name__ for n, x in model.named_modules()}, model.base_model_prefix

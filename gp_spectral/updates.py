@@ -82,11 +82,11 @@ def _share_in(own, touched):
     return own[touched].double().mean().item() if touched.any() and own.any() else float("nan")
 
 
-def _of_matrix(W, others, own, share, dtype, generator):
-    "(rows, pairs) of one matrix; `others`: {name: the matrix after a training}."
-    rows, pairs, known = [], [], {}
+def _of_matrix(stored, others, own, share, generator):
+    "(rows, pairs) of one matrix; `others`: {name: the matrix after a training}, each as it is stored."
+    rows, pairs, known, W = [], [], {}, stored.double()
     for name, V in others.items():
-        change = V - W
+        change, dtype = V.double() - W, torch.promote_types(stored.dtype, V.dtype)
         told, touched = _about(W, change, own, share, dtype)
         noisy, _ = _about(W, as_large(change, generator), own, share, dtype)
         rows += [dict(other=name, noise=False) | told, dict(other=name, noise=True) | noisy]
@@ -129,9 +129,9 @@ def updates(
     with one_thread():
         for i, m in enumerate(tqdm(matrices, desc="updates", unit="matrix", disable=not progress, leave=False)):
             own, W = principal_weights(factors(first, m, cache=cache), rank, share), first.matrix(m)
-            after = {name: c.matrix(m).double() for name, c in rest.items()}
+            after = {name: c.matrix(m) for name, c in rest.items()}
             about = dict(matrix=m.name, layer=m.layer, kind=m.kind, weights=own.numel())
-            found = _of_matrix(W.double(), after, own, share, W.dtype, generator.manual_seed(seed + i))
+            found = _of_matrix(W, after, own, share, generator.manual_seed(seed + i))
             for table, some in zip((rows, pairs), found):
                 table += [about | row for row in some]
     return Updates(pd.DataFrame(rows), pd.DataFrame(pairs))

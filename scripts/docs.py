@@ -259,7 +259,7 @@ PAGES = {  # to click on: title, what it is, what makes it
     ),
     "rule-study-again": (
         "Half of the rule study, made again, to click on",
-        "Six of the twelve runs of [the rule study](studies/rule.md), with the answers to fifty hands, sorted angles and "
+        "Six of the twelve runs of [the rule study](studies/rule.md), with answers to fifty hands, sorted angles and "
         "the angles through training, which the first runs did not keep.",
         rule_study_again,
     ),

@@ -969,7 +969,7 @@ def test_bad_requests(checkpoints, tmp_path):
         (ValueError, "takes no sigma", dict(sigma="donor", method="direct")),
         (ValueError, "certify", dict(certify="maybe")),
         (ValueError, "rank belongs", dict(rank=3)),
-        (CheckpointError, "no tensor of the kinds", dict(method="reset", kinds="query")),
+        (CheckpointError, "no whole tensor of the kinds", dict(method="reset", kinds="query")),
     ):
         with pytest.raises(error, match=match):
             recover(target, donor, out, progress=False, **options)
