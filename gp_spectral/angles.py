@@ -1182,7 +1182,7 @@ def _each_once(checkpoints):
             kept.append(c)
     return kept
 
-
+# %% ../nbs/04_angles.ipynb #6181a6ce
 def run_compare(
     args: argparse.Namespace,  # as parsed with `compare_arguments`
 ):

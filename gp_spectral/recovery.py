@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
+from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -1330,7 +1331,7 @@ def whole_kinds(
     views = checkpoint._views(False)[0]
     return {m.tensor: kinds_of(m) for m in views if m.name == m.tensor and m.layer is not None}
 
-
+# %% ../nbs/05_recovery.ipynb #fce18069
 def _copy_layers(job, part):
     "Copies what is asked for into the new folder; a row for each tensor."
     target, goal, kinds = job.target, Checkpoint(part), [job.kinds] if isinstance(job.kinds, str) else job.kinds
@@ -1338,10 +1339,7 @@ def _copy_layers(job, part):
     inside = lambda m: chosen(m.name) and (not kinds or own.get(m.name, {m.kind}) & set(kinds))
     tensors = [m for m in map(describe, goal.names) if inside(m) and _to_copy(job, m.name) or m.name in beside]
     if not tensors:
-        where, has = (
-            f"in layers {job.layers or 'of any number'}",
-            ", ".join(sorted({k for x in own.values() for k in x})),
-        )
+        where, has = f"in layers {job.layers or 'of any number'}", ", ".join(sorted({*chain(*own.values())}))
         raise CheckpointError(f"{target.path} has no whole tensor of the kinds {kinds} {where}: it has {has}")
     shown = tqdm(tensors, **progress_bar(job, "tensor"))
     return [*job.method.function(goal, target, job.donor, shown, **job.options), *_copy_tables(job, part)]
@@ -1395,6 +1393,13 @@ def _matrices(target, donor, known, kinds, layers, include):
         return target.shared_matrices([donor], kinds, layers, include=include)
     return [m for m in target.shared_matrices([donor], include=include) if m.layer is None] if include else []
 
+
+def _numbers(target, layers):
+    "Numbers of the layers that are meant, those of all stacks together; None: all."
+    return (
+        None if layers is None else sorted({describe(n).layer for n in filter(target.in_layers(layers), target.names)})
+    )
+
 # %% ../nbs/05_recovery.ipynb #d87701b8
 def prepare(
     target,  # `Checkpoint` or path: what is repaired
@@ -1419,13 +1424,11 @@ def prepare(
     _check_certify(certify)
     notes = preflight(target, donor, kinds, include, layers)
     include = [c.has_parts(include) for c in (target, donor)][0]
-    meant = None if layers is None else target.in_layers(layers)
-    chosen = meant and sorted({describe(n).layer for n in target.names if meant(n)})
+    chosen = _numbers(target, layers)
     matrices, copied = _matrices(target, donor, known, kinds, layers, include), _included(target, include, layers)
     what = dict(matrices=matrices, copied=copied, layers=chosen, asked=layers, kinds=kinds, include=include)
     how = dict(cache=cache, certify=certify, progress=progress, notes=[*notes, *_code_note(target)])
-    job = Repair(target, donor, known, ranks, options, **what, **how)
-    _check_matrices(job)
+    _check_matrices(job := Repair(target, donor, known, ranks, options, **what, **how))
     return job
 
 # %% ../nbs/05_recovery.ipynb #cdbd60c8
