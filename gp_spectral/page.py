@@ -825,8 +825,10 @@ def analysed(
 )
 def _change_by_layer(tables):
     "Relative change of every matrix against its layer, a panel per pair."
+    if not _has(tables.changes, "layer", "weight_change"):
+        return None
     rows = tables.changes.dropna(subset=["layer", "weight_change"])
-    if rows.empty or rows.layer.nunique() < 2:
+    if rows.layer.nunique() < 2:
         return None
     rows = rows.assign(pair=rows.base + " → " + rows.other, layer=rows.layer.astype(int))
     tower = rows["stack"].fillna("") if "stack" in rows else ""
