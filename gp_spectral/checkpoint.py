@@ -622,13 +622,7 @@ class Matrix(NamedTuple):
 _LAYER = re.compile(
     r"(?:^|\.)(layers|h|blocks|block|layer|\w+_layers|\w+blocks|encoders|conformer|attentions|ffns)\.(\d+)\."
 )
-_USUAL = (
-    "layers",
-    "h",
-    "blocks",
-    "block",
-    "layer",
-)  # words for layers; those under another word are a stack of their own
+_USUAL = "layers h blocks block layer".split()  # layers under another word are a stack of their own
 
 
 _EXPERT = re.compile(r"\.(?:experts|local_experts)\.(\d+)\.")
@@ -1094,14 +1088,9 @@ TABLES = ("embeddings", "head")  # parts of a checkpoint that are matrices, too,
 PARTS = (*TABLES, "norms", "biases")  # all that is named besides the matrices inside the layers
 
 
-_POSITIONS = {
-    "wpe",
-    "embed_positions",
-    "position_embedding",
-    "position_embeddings",
-    "positions_embed",
-    "token_type_embeddings",
-}
+_POSITIONS = set(
+    "wpe embed_positions position_embedding position_embeddings positions_embed token_type_embeddings".split()
+)
 
 
 # what else reads or writes words, in families that are not met as adapters
@@ -1204,14 +1193,17 @@ def in_layers(
     layers,  # see `layer_range`; a share is one of each stack
 ) -> Callable:  # name of a tensor -> whether it lies in one of them
     "Which tensors lie in the layers that are meant."
-    two, known = self._two_stacks, {n: m.layer for n in self.names if (m := describe(n)).layer is not None}
-    stacks = {n: _stack_of(n, two) for n in known}
-    stacks = stacks if len({*stacks.values()}) > 1 else dict.fromkeys(known, "")
-    sizes = {}
-    for name, stack in stacks.items():
-        sizes[stack] = max(sizes.get(stack, 0), known[name] + 1)
-    meant = _stack_layers(layers, sizes or {"": 0})
-    return lambda name: name in known and known[name] in meant[stacks[name]]
+    two, known = self._two_stacks, {n: m for n in self.names if (m := describe(n)).layer is not None}
+    known = {n: m._replace(stack=_stack_of(n, two)) for n, m in known.items()}
+    meant = _stack_layers(layers, _sizes(known.values()) or {"": 0})
+    return lambda name: name in known and known[name].layer in meant[known[name].stack]
+
+
+@patch
+def whole_kinds(self: Checkpoint) -> dict:  # {name of a tensor: the names that its kind goes by}
+    "The kinds of tensors inside layers that are one matrix each."
+    views = self._views(False)[0]
+    return {m.tensor: kinds_of(m) for m in views if m.name == m.tensor and m.layer is not None}
 
 # %% ../nbs/03a_checkpoint.ipynb #e94265a3
 @patch

@@ -16,19 +16,17 @@ import pandas as pd
 import torch
 
 from .chart import Chart, answering, words
-from .checkpoint import as_checkpoint, describe, put_into, same_name
+from .checkpoint import as_checkpoint, put_into, same_name
 from .models import load_model
 from .play import evaluate, success_rate
-from .recovery import edit_matrix, load_methods, options_for, prepare, whole_kinds
+from .recovery import edit_matrix, load_methods, options_for, prepare, to_reset
 from .stages import NAMES, edit_name
 from .svd import CHECKPOINT_COLORS
 
 # %% ../nbs/07b_dial.ipynb #05a18543
 def _copied(job):
     "{name: tensor} of the layers that are copied whole."
-    meant, kinds, own = job.target.in_layers(job.asked), job.kinds, whole_kinds(job.target)
-    fits = lambda name: not kinds or own.get(name, {describe(name).kind}) & set(kinds)
-    chosen = [name for name in job.target.names if meant(name) and fits(name)]
+    chosen = filter(to_reset(job), job.target.names)
     return {name: job.donor.tensor(name).to(job.target.dtype(name)) for name in chosen}
 
 

@@ -774,10 +774,6 @@ def chart_json(
     with alt.data_transformers.enable("default", max_rows=None):
         return chart.to_json(indent=None).replace("<", "\\u003c")
 
-
-def _as_json(charts):
-    return [(title, words, chart_json(chart)) for title, words, chart in charts]
-
 # %% ../nbs/03c_page.ipynb #4c116eaf
 class Analysis(NamedTuple):
     "A chart of a comparison's tables."
@@ -805,6 +801,7 @@ def analysis(
 
 def analysed(
     tables,  # a `Comparison`
+    as_json: bool = False,  # charts as `chart_json` writes them
 ) -> list:  # of (title, words, chart)
     "The charts of all analyses that have something to show of these tables; those of other packages are imported."
     load_plugins("gp_spectral.analyses", "the analyses")
@@ -812,8 +809,8 @@ def analysed(
     for name, (title, words, draw) in ANALYSES.items():
         try:
             if (chart := draw(tables)) is not None:
-                chart_json(chart)  # as the page will
-                found.append((title, words, chart))
+                drawn = chart_json(chart)  # what cannot be written fails here, and not on the page
+                found.append((title, words, drawn if as_json else chart))
         except Exception as e:  # whose fault it is; the page is made without it
             warnings.warn(f"the analysis {name} is left out: {type(e).__name__}: {e}", stacklevel=2)
     return found
@@ -860,7 +857,7 @@ def write_page(
         details=_has(profiles, "angle"),
         head=MOST_HEAD,
         most=turned_most(angles),
-        more=_as_json(analysed(tables)),
+        more=analysed(tables, as_json=True),
     )
     with atomic(Path(file)) as part:
         part.write_text(page, encoding="utf-8")

@@ -9,7 +9,7 @@ __all__ = ['GIVEN', 'LIKE', 'METHODS', 'WHOSE', 'ANCHORED', 'SYMMETRIC', 'Ranks'
            'Edit', 'Option', 'Steps', 'Method', 'method', 'load_methods', 'find_method', 'method_options', 'check_pair',
            'held_ranks', 'edit_matrix', 'edit_factors', 'uv_merge', 'symmetric_merge', 'anchored_merge',
            'direct_rotation', 'sigma_only', 'interpolate', 'interpolate_to_norm', 'random_merge', 'certificate',
-           'new_folder', 'Repair', 'matrix_seed', 'options_for', 'progress_bar', 'whole_kinds', 'prepare', 'recover',
+           'new_folder', 'Repair', 'matrix_seed', 'options_for', 'progress_bar', 'to_reset', 'prepare', 'recover',
            'root_of_squares', 'whole_way', 'write_record', 'recovery_record', 'lora_factors', 'plot_recovery']
 
 # %% ../nbs/05_recovery.ipynb #a96125da
@@ -37,7 +37,7 @@ from typing import Literal, NamedTuple
 
 # %% ../nbs/05_recovery.ipynb #83591508
 from .checkpoint import TABLES, Checkpoint, Entry, as_checkpoint, common_weights, describe, is_buffer
-from .checkpoint import kinds_of, number, part_of, preflight, same_name
+from .checkpoint import number, part_of, preflight, same_name
 from .folders import CheckpointError, load_plugins
 from .svd import Factors, factorize, factors as factors_of, one_thread
 from .angles import band_size, null_sigma, principal_angles, rounding_std
@@ -1324,23 +1324,25 @@ def _to_copy(job, name):
     )
 
 
-def whole_kinds(
-    checkpoint,  # a `Checkpoint`
-) -> dict:  # {name of a tensor: the names that its kind goes by}
-    "The kinds of tensors that are one matrix: a third of a fused one cannot be copied by itself."
-    views = checkpoint._views(False)[0]
-    return {m.tensor: kinds_of(m) for m in views if m.name == m.tensor and m.layer is not None}
+def to_reset(
+    job,  # `Repair` by a method that copies whole layers
+) -> Callable:  # name of a tensor -> whether it is copied
+    "Tensors of the layers and kinds that were asked for; a third of a fused one cannot be copied by itself."
+    kinds = {job.kinds} if isinstance(job.kinds, str) else set(job.kinds or ())
+    meant, own = job.target.in_layers(job.asked), job.target.whole_kinds() if kinds else {}
+    return lambda name: meant(name) and (not kinds or bool(own.get(name, {describe(name).kind}) & kinds))
 
 # %% ../nbs/05_recovery.ipynb #fce18069
 def _copy_layers(job, part):
     "Copies what is asked for into the new folder; a row for each tensor."
-    target, goal, kinds = job.target, Checkpoint(part), [job.kinds] if isinstance(job.kinds, str) else job.kinds
-    chosen, beside, own = target.in_layers(job.asked), set(job.copied), whole_kinds(target)
-    inside = lambda m: chosen(m.name) and (not kinds or own.get(m.name, {m.kind}) & set(kinds))
-    tensors = [m for m in map(describe, goal.names) if inside(m) and _to_copy(job, m.name) or m.name in beside]
+    target, goal, wanted, beside = job.target, Checkpoint(part), to_reset(job), set(job.copied)
+    tensors = [describe(n) for n in goal.names if wanted(n) and _to_copy(job, n) or n in beside]
     if not tensors:
-        where, has = f"in layers {job.layers or 'of any number'}", ", ".join(sorted({*chain(*own.values())}))
-        raise CheckpointError(f"{target.path} has no whole tensor of the kinds {kinds} {where}: it has {has}")
+        kinds = [job.kinds] if isinstance(job.kinds, str) else job.kinds
+        where, has = f"in layers {job.layers or 'of any number'}", sorted({*chain(*target.whole_kinds().values())})
+        raise CheckpointError(
+            f"{target.path} has no whole tensor of the kinds {kinds} {where}: it has {', '.join(has)}"
+        )
     shown = tqdm(tensors, **progress_bar(job, "tensor"))
     return [*job.method.function(goal, target, job.donor, shown, **job.options), *_copy_tables(job, part)]
 

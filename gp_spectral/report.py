@@ -1443,8 +1443,7 @@ def _analyses(tables, *of_matrices):
     "What analyses draw of a study, as of a comparison of its checkpoints; means over seeds."
     angles, changes, spectrum, profiles = (pd.DataFrame() if t is None else t for t in of_matrices)
     parts = _mean_over_seeds(tables["parts"], "base", "other", "part") if "parts" in tables else pd.DataFrame()
-    made = Comparison(angles, changes, parts, pd.DataFrame(), spectrum, profiles)
-    return [(title, words, chart_json(chart)) for title, words, chart in analysed(made)]
+    return analysed(Comparison(angles, changes, parts, pd.DataFrame(), spectrum, profiles), as_json=True)
 
 
 def _map_part(tables, preset):
